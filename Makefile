@@ -1,0 +1,47 @@
+# make test    set everything up in .venv, then lint, types and tests
+# make demo    set everything up in .venv, then train, prune, fine-tune and export a detector on generated images
+# make bench   time the dependency graph against the forward pass and against Torch-Pruning
+# make clean   remove .venv, caches and the output of demo and bench
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+# the environment is made from pyproject.toml alone, and again whenever that, or the Python, changes
+KEY := $(shell $(PYTHON) -c 'import hashlib, sys; print(hashlib.sha256(open("pyproject.toml", "rb").read() + sys.version.encode()).hexdigest()[:16])')
+MADE := $(VENV)/made-from-$(KEY)
+MADE_BENCH := $(VENV)/made-bench-from-$(KEY)
+
+.PHONY: help venv test demo bench clean
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+venv: $(MADE)
+
+$(MADE):
+	@$(PYTHON) -c 'import sys; sys.exit("Prunus needs Python 3.10 or newer; say which with: make PYTHON=python3.12 ..." if sys.version_info < (3, 10) else 0)'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	touch $@
+
+$(MADE_BENCH): $(MADE)
+	$(BIN)/python -m pip install --quiet --editable '.[bench]'
+	touch $@
+
+test: $(MADE)
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+demo: $(MADE)
+	$(BIN)/prunus yolo --model yolov8n.yaml --data shapes --macs 0.5 --imgsz 160 --out runs/demo
+
+bench: $(MADE_BENCH)
+	$(BIN)/python benchmarks/graph.py --out runs/bench/graph.json
+
+clean:
+	rm -rf $(VENV) runs/demo runs/bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,81 @@
+"""Run a model without leaving a trace on it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+__all__ = ["untouched"]
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Put `model` in evaluation mode, and afterwards put everything back that a forward pass may have changed.
+
+    Modes are set on each module directly: the `train()` of some classes also merges or freezes weights. Put back are
+    mode, attributes and the lists, dicts and sets in them (caches), buffers and other tensors held as attributes, and
+    the random states of torch, numpy and Python. Parameters are not looked at: a forward pass that edits those is
+    broken in evaluation too.
+
+    Args:
+        model: Any module.
+    """
+    modules = list(model.modules())
+    with ExitStack() as stack:
+        stack.enter_context(_random_states(model))
+        for module in modules:
+            stack.callback(_Memory(module).restore)
+        for module in modules:
+            module.training = False
+        yield
+
+
+class _Memory:
+    """What a module holds itself: mode, attributes, and the contents of those that can change in place."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._training = module.training
+        self._attributes = dict(vars(module))
+        held = self._attributes.values()
+        self._containers = [(value, value.copy()) for value in held if type(value) in (dict, list, set)]
+        tensors = [value for value in held if isinstance(value, Tensor)]
+        tensors.extend(module.buffers(recurse=False))
+        self._tensors = [(tensor, _version(tensor), tensor.detach().clone()) for tensor in tensors]
+
+    def restore(self) -> None:
+        self._module.training = self._training
+        held = vars(self._module)
+        for name in [name for name in held if name not in self._attributes]:
+            del held[name]
+        held.update(self._attributes)
+        for value, before in self._containers:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+        for tensor, version, values in self._tensors:
+            if version is None or tensor._version != version:
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.copy_(values)
+
+
+def _version(tensor: Tensor) -> int | None:
+    """Give how often a tensor was written to; inference tensors do not keep count."""
+    return None if tensor.is_inference() else tensor._version
+
+
+@contextmanager
+def _random_states(model: nn.Module) -> Iterator[None]:
+    """Put back the random states of torch (of the devices that the model is on too), numpy and Python."""
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=list(devices)):
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)

@@ -1,0 +1,278 @@
+"""Bundles: what selection removes at once.
+
+Some rows must stay equally long (the head dims of every head, the two halves of a chunk), and some widths must keep
+their ratio (a stream of ``heads * head_dim`` channels and the head dims themselves). Units that no constraint tells
+apart form a *lane*; lanes that a constraint joins form a *family*. Cutting every lane of a family by the same share
+keeps all constraints of degree one, so a family of lanes with sizes ``s`` has ``gcd(s)`` bundles, and a bundle takes
+``s / gcd(s)`` units of each lane, chosen by rank of importance within the lane.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from fractions import Fraction
+
+import numpy as np
+
+from prunus.coupling.pieces import components
+from prunus.coupling.units import Units
+from prunus.labels import Ids, Ledger, Requirement, first_row
+from prunus.sizes import Attribute, Expression, Extent, evaluate, expression_of, leaves, solve
+
+
+@dataclass(frozen=True)
+class Family:
+    """Lanes of units that shrink together: ``count`` bundles of ``len(lane) // count`` units of each lane."""
+
+    lanes: tuple[Ids, ...]
+    coarse: bool
+
+    @property
+    def count(self) -> int:
+        """The number of bundles."""
+        return int(np.gcd.reduce([len(lane) for lane in self.lanes]))
+
+    @property
+    def units(self) -> Ids:
+        """Every unit of the family."""
+        return np.concatenate(self.lanes)
+
+
+@dataclass
+class _Draft:
+    """Families while constraints join and pin them: ``family_of[lane]``, -1 for a lane that has to stay."""
+
+    lane_of: Ids
+    lanes: list[Ids]
+    family_of: Ids
+    why: dict[int, str] = field(default_factory=dict)
+
+    def join(self, families: Iterable[int]) -> None:
+        chosen = sorted(set(families))
+        self.family_of[np.isin(self.family_of, chosen)] = chosen[0]
+
+    def pin(self, family: int, why: str) -> None:
+        for lane in np.flatnonzero(self.family_of == family).tolist():
+            self.why[lane] = why
+        self.family_of[self.family_of == family] = -1
+
+
+@dataclass(frozen=True)
+class Bundling:
+    """The families, and for each unit that may not go because of a constraint, the reason."""
+
+    families: tuple[Family, ...]
+    lane_of: Ids
+    why: dict[int, str]  # lane -> reason
+
+
+def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attribute], int]) -> Bundling:
+    """Join units into families by the balances and the required sizes.
+
+    Args:
+        ledger: what was recorded.
+        units: the candidates.
+        kind: a number for each fine atom, equal where units cut the same dims.
+        read: the present value of a module's attribute.
+    """
+    draft = _lanes(ledger, units, kind)
+    _balance(ledger, units, draft)
+    _Constraints(ledger, units, draft, read).settle()
+    families = []
+    for family in np.unique(draft.family_of[draft.family_of >= 0]).tolist():
+        members = np.flatnonzero(draft.family_of == family)
+        made = Family(tuple(draft.lanes[k] for k in members.tolist()), units.is_coarse(int(draft.lanes[members[0]][0])))
+        if made.count < 2 and len(made.lanes) > 1:
+            draft.pin(family, "its parts cannot shrink in step: their sizes have no common divisor")
+        elif kind[units.fine_of(made.units)].any():
+            families.append(made)
+    families.sort(key=lambda f: int(f.lanes[0][0]))
+    return Bundling(tuple(families), draft.lane_of, draft.why)
+
+
+def _lanes(ledger: Ledger, units: Units, kind: Ids) -> _Draft:
+    """Units of one kind that are in the same rows of the same balances form a lane."""
+    random = np.random.default_rng(0)
+    mark = np.zeros(units.total, dtype=np.uint64)
+    for balance in ledger.balances:
+        for row in units.unit_of(balance.ids):
+            members, times = np.unique(row[row >= 0], return_counts=True)
+            mark[members] += random.integers(1, 2**63, dtype=np.uint64) * times.astype(np.uint64)
+    fine = units.fine_of(np.arange(units.total))
+    free = np.flatnonzero(units.free[fine])
+    keys = mark[free] + kind[fine[free]].astype(np.uint64)
+    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
+    rank = np.argsort(np.argsort(first))[inverse]
+    lane_of = np.full(units.total, -1, dtype=np.int64)
+    lane_of[free] = rank
+    ends = np.cumsum(np.bincount(rank, minlength=len(first)))
+    lanes = np.split(free[np.argsort(rank, kind="stable")], ends[:-1]) if free.size else []
+    return _Draft(lane_of, list(lanes), np.arange(len(lanes)))
+
+
+def _balance(ledger: Ledger, units: Units, draft: _Draft) -> None:
+    """Join the lanes of each balance; pin them where the rows do not have equally many free units."""
+    left: list[int] = []
+    right: list[int] = []
+    uneven: list[tuple[Ids, str]] = []
+    for balance in ledger.balances:
+        rows = units.unit_of(balance.ids)
+        members = np.unique(draft.lane_of[rows[rows >= 0]])
+        if members.size == 0:
+            continue
+        free = (rows >= 0).sum(axis=1)
+        if (free != free[0]).any():
+            uneven.append((members, balance.reason))
+        left += [int(members[0])] * (members.size - 1)
+        right += members[1:].tolist()
+    draft.family_of[:] = components(len(draft.lanes), np.array(left, dtype=np.int64), np.array(right, dtype=np.int64))
+    for members, reason in uneven:
+        for family in np.unique(draft.family_of[members]).tolist():
+            if family >= 0:
+                draft.pin(family, f"{reason}, and a part of one of them has to stay")
+
+
+class _Constraints:
+    """The sizes that the code asks for, checked by letting each family shrink by itself."""
+
+    def __init__(self, ledger: Ledger, units: Units, draft: _Draft, read: Callable[[Attribute], int]) -> None:
+        self.units = units
+        self.draft = draft
+        self.read = read
+        self._takers = self._taking()
+        self._contents: dict[int, tuple[Ids, dict[int, int]]] = {}
+        self.requirements: list[Requirement] = []
+        self.expressions: list[Expression] = []
+        self.by_lane: dict[int, set[int]] = {}
+        self.using: dict[Attribute, list[int]] = {}
+        for requirement in ledger.requirements:
+            self._add(requirement, expression_of(requirement.asked))
+
+    def _add(self, requirement: Requirement, expression: Expression) -> None:
+        """Keep a requirement if something that may go changes one of its sizes."""
+        used = list(leaves(expression))
+        if isinstance(expression, Extent) and expression.ids is requirement.ids:
+            return
+        rows = [requirement.ids, *(leaf.ids for leaf in used if isinstance(leaf, Extent))]
+        k = len(self.requirements)
+        self.requirements.append(requirement)
+        self.expressions.append(expression)
+        for row in rows:
+            for lane in self.content(row):
+                self.by_lane.setdefault(lane, set()).add(k)
+        for leaf in used:
+            if isinstance(leaf, Attribute):
+                self.using.setdefault(leaf, []).append(k)
+
+    def _taking(self) -> dict[int, list[int]]:
+        """For each piece, the coarse units that take it."""
+        takers: dict[int, list[int]] = {}
+        for f, taken in self.units.takes.items():
+            if self.units.free[f]:
+                for piece in taken.tolist():
+                    takers.setdefault(piece, []).append(int(self.units.base[f]))
+        return takers
+
+    def content(self, ids: Ids) -> dict[int, int]:
+        """How many positions of a row go with each lane (a coarse unit that takes the whole row does not count)."""
+        cached = self._contents.get(id(ids))
+        if cached is not None:
+            return cached[1]
+        row = first_row(ids)
+        found: dict[int, int] = {}
+        own = self.units.unit_of(row)
+        lanes, counts = np.unique(self.draft.lane_of[own[own >= 0]], return_counts=True)
+        found.update(zip(lanes.tolist(), counts.tolist(), strict=True))
+        if self._takers:
+            by_unit: dict[int, int] = {}
+            pieces, times = np.unique(self.units.pieces.of(row), return_counts=True)
+            for piece, n in zip(pieces.tolist(), times.tolist(), strict=True):
+                for unit in self._takers.get(piece, ()):
+                    by_unit[unit] = by_unit.get(unit, 0) + n
+            for unit, n in by_unit.items():
+                if n < row.size:
+                    lane = int(self.draft.lane_of[unit])
+                    found[lane] = found.get(lane, 0) + n
+        self._contents[id(ids)] = (ids, found)
+        return found
+
+    def settle(self) -> None:
+        """Join families that only together keep every size right; pin those that cannot."""
+        families = {int(self.draft.family_of[lane]) for lane in self.by_lane}
+        errors = {f: self._errors(f) for f in sorted(families) if f >= 0}
+        while failing := {k for found in errors.values() for k in found}:
+            k = min(failing)
+            involved = {f: found[k] for f, found in errors.items() if k in found}
+            joined = self._balancing(involved)
+            for family in joined or involved:
+                del errors[family]
+            if joined:
+                self.draft.join(joined)
+                errors[min(joined)] = self._errors(min(joined))
+            else:
+                for family in involved:
+                    self.draft.pin(family, _reason(self.expressions[k], self.requirements[k]))
+
+    def _balancing(self, errors: dict[int, Fraction]) -> list[int]:
+        """The families whose errors have opposite signs: fine ones alone if they do, else all."""
+        fine = {f: e for f, e in errors.items() if not self._is_coarse(f)}
+        for chosen in (fine, errors):
+            if any(e > 0 for e in chosen.values()) and any(e < 0 for e in chosen.values()):
+                return list(chosen)
+        return []
+
+    def _is_coarse(self, family: int) -> bool:
+        lane = int(np.flatnonzero(self.draft.family_of == family)[0])
+        return self.units.is_coarse(int(self.draft.lanes[lane][0]))
+
+    def _errors(self, family: int) -> dict[int, Fraction]:
+        """By how much each requirement is off (asked minus there) when half of a family goes."""
+        relevant = self._relevant(family)
+        solved: dict[Attribute, Fraction] = {}
+        members = set(np.flatnonzero(self.draft.family_of == family).tolist())
+
+        def extent(ids: Ids) -> Fraction:
+            return ids.shape[-1] - Fraction(sum(n for lane, n in self.content(ids).items() if lane in members), 2)
+
+        def known(leaf: Attribute | Extent) -> Fraction | None:
+            return extent(leaf.ids) if isinstance(leaf, Extent) else solved.get(leaf)
+
+        def settled(leaf: Attribute | Extent) -> Fraction:
+            value = known(leaf)
+            return Fraction(self.read(leaf)) if value is None and isinstance(leaf, Attribute) else value or Fraction(0)
+
+        rows = {k: extent(self.requirements[k].ids) for k in relevant}
+        waiting = sorted(relevant, key=lambda k: (not isinstance(self.expressions[k], Attribute), k))
+        progress = True
+        while progress:
+            progress = False
+            for k in waiting:
+                found = solve(self.expressions[k], rows[k], known)
+                if found is not None:
+                    solved[found[0]] = found[1]
+                    progress = True
+        values = {k: evaluate(self.expressions[k], settled) for k in relevant}
+        return {k: value - rows[k] for k, value in values.items() if value is not None and value != rows[k]}
+
+    def _relevant(self, family: int) -> list[int]:
+        """The requirements that a family touches, and those that share an attribute with them."""
+        members = np.flatnonzero(self.draft.family_of == family).tolist()
+        found = set().union(*(self.by_lane.get(lane, set()) for lane in members))
+        todo = list(found)
+        while todo:
+            for leaf in leaves(self.expressions[todo.pop()]):
+                for k in self.using.get(leaf, ()) if isinstance(leaf, Attribute) else ():
+                    if k not in found:
+                        found.add(k)
+                        todo.append(k)
+        return sorted(found)
+
+
+def _reason(expression: Expression, requirement: Requirement) -> str:
+    if isinstance(expression, int):
+        return (
+            f"the code sizes it with the number {expression} at {requirement.place}; "
+            "write -1 or a size read from the tensor there to free it"
+        )
+    return f"the code sizes it by {expression}, which ties it to a size that stays"

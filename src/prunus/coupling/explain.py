@@ -1,0 +1,146 @@
+"""Why a dim is in the group it is in, or why it has to stay."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import numpy as np
+from torch import nn
+
+from prunus.coupling.groups import Coupling
+from prunus.errors import InputError
+from prunus.labels import Ids
+
+MOST_PARTNERS = 40
+
+
+def why_not(coupling: Coupling, unit: int) -> str:
+    """Why a unit may not go."""
+    fine = int(coupling.units.fine_of(np.array([unit]))[0])
+    freeze = int(coupling.units.stay[fine])
+    if freeze >= 0:
+        record = coupling.units.freezes[freeze]
+        return f"{record.reason}{_at(coupling, record.step)}"
+    lane = int(coupling.bundling.lane_of[unit])
+    return coupling.bundling.why.get(lane, "nothing that the model keeps goes with it")
+
+
+def _at(coupling: Coupling, step: int) -> str:
+    """`` (op in module)`` for a step of the trace."""
+    events = coupling.trace.events
+    if not 0 <= step < len(events):
+        return ""
+    return f" ({events[step].name} in {events[step].module or 'the model'})"
+
+
+def frozen(coupling: Coupling) -> list[tuple[str, int, str, int]]:
+    """Every (tensor, dim, reason, number of positions) that has to stay."""
+    found = []
+    for k in range(len(coupling.axis_start)):
+        held = coupling.trace.held[int(coupling.axis_held[k])]
+        dim = int(coupling.axis_dim[k])
+        units = coupling.unit_of_atom[coupling.axis_start[k] + np.arange(held.shape[dim])]
+        found += [(held.name, dim, reason, count) for reason, count in _reasons(coupling, units).items()]
+    return found
+
+
+def _reasons(coupling: Coupling, units: Ids) -> dict[str, int]:
+    """Why units may not go, and how many for each reason (units that go with a row that may go count as free)."""
+    stuck = np.unique(units[~coupling.movable[units]])
+    reasons: dict[str, int] = {}
+    known: dict[tuple[int, int], str] = {}
+    for unit in stuck.tolist():
+        fine = int(coupling.units.fine_of(np.array([unit]))[0])
+        key = (fine, int(coupling.bundling.lane_of[unit]))
+        if key not in known:
+            known[key] = why_not(coupling, unit)
+        reasons[known[key]] = reasons.get(known[key], 0) + 1
+    return reasons
+
+
+def explain(coupling: Coupling, layer: nn.Module | str) -> str:
+    """For every dim of a layer: its group and the ops that tie it, or why it has to stay.
+
+    Args:
+        coupling: a traced and coupled model.
+        layer: a module of it, or the dotted name of a module or tensor.
+
+    Raises:
+        InputError: no tensor of that layer was used while tracing.
+    """
+    model = coupling.trace.model
+    if isinstance(layer, nn.Module):
+        name = next((path for path, m in model.named_modules() if m is layer), None)
+        if name is None:
+            raise InputError(f"{type(layer).__name__} is not part of the model that was traced")
+    else:
+        name = layer
+    lines = [f"{name or 'the model'}:"]
+    for k in range(len(coupling.axis_start)):
+        held = coupling.trace.held[int(coupling.axis_held[k])]
+        names = [p.full for p in held.places] + [p.module for p in held.places]
+        if name in names or any(n.startswith(f"{name}.") for n in names[: len(held.places)]):
+            lines += _explain_axis(coupling, k)
+    if len(lines) == 1:
+        raise InputError(f"{name!r} holds no tensor that was used while tracing; check the name with named_modules()")
+    return "\n".join(lines)
+
+
+def _explain_axis(coupling: Coupling, axis: int) -> list[str]:
+    held = coupling.trace.held[int(coupling.axis_held[axis])]
+    dim = int(coupling.axis_dim[axis])
+    size = held.shape[dim]
+    atoms = coupling.axis_start[axis] + np.arange(size)
+    units = coupling.unit_of_atom[atoms]
+    reads = (int(coupling.axis_held[axis]), dim) in coupling.consumers
+    head = f"  {held.name} dim {dim} ({size} positions, {'read' if reads else 'made'} by its layer)"
+    lines = [f"{head}: {n} stay: {reason}" for reason, n in _reasons(coupling, units).items()]
+    free = coupling.movable[units]
+    if free.any():
+        first = int(atoms[free][0])
+        group = int(coupling.group_of_unit[units[free][0]])
+        lines.append(f"{head}: group {group}, {len(np.unique(units[free]))} units; with it go")
+        partners = _partners(coupling, first)
+        lines += [f"      {text}" for text in partners[:MOST_PARTNERS]]
+        if len(partners) > MOST_PARTNERS:
+            lines.append(f"      and {len(partners) - MOST_PARTNERS} more")
+    return lines
+
+
+def _partners(coupling: Coupling, atom: int) -> list[str]:
+    """The tensors' dims that are tied to an atom, each with the ops along the shortest path of ties."""
+    pieces = coupling.pieces
+    start = int(pieces.of(np.array([atom]))[0])
+    came: dict[int, tuple[int, int]] = {start: (-1, -1)}
+    todo = deque([start])
+    fine = pieces.fine[start]
+    inside = np.flatnonzero((pieces.fine[pieces.left] == fine))
+    links: dict[int, list[tuple[int, int]]] = {}
+    for k in inside.tolist():
+        a, b, step = int(pieces.left[k]), int(pieces.right[k]), int(pieces.step[k])
+        links.setdefault(a, []).append((b, step))
+        links.setdefault(b, []).append((a, step))
+    found: dict[str, None] = {}
+    while todo:
+        piece = todo.popleft()
+        axis = int(coupling.axis_of_piece[piece])
+        if axis >= 0 and piece != start:
+            held = coupling.trace.held[int(coupling.axis_held[axis])]
+            found[f"{held.name} dim {int(coupling.axis_dim[axis])}, through {_path(coupling, came, piece)}"] = None
+        for other, step in links.get(piece, ()):
+            if other not in came:
+                came[other] = (piece, step)
+                todo.append(other)
+    return list(found)
+
+
+def _path(coupling: Coupling, came: dict[int, tuple[int, int]], piece: int) -> str:
+    steps: list[str] = []
+    while came[piece][0] >= 0:
+        piece, step = came[piece]
+        if step >= 0:
+            event = coupling.trace.events[step]
+            steps.append(f"{event.name} in {event.module or 'the model'}")
+        else:
+            steps.append("the same rows")
+    return ", ".join(dict.fromkeys(reversed(steps)))

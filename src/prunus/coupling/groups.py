@@ -1,0 +1,192 @@
+"""Groups: all units with the same signature, and the index of each unit in every tensor that it cuts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunus.coupling.bundles import Bundling, Family, find_bundles
+from prunus.coupling.pieces import Pieces, cut_into_pieces
+from prunus.coupling.units import Units, find_units
+from prunus.labels import Ids
+from prunus.sizes import read_attribute
+from prunus.tracing import Trace, axis_of
+
+
+_NONE: Ids = np.empty(0, dtype=np.int64)
+
+
+class Slice(NamedTuple):
+    """How the units of a group cut one dim of one held tensor: ``index[u]`` are the positions of unit ``u``."""
+
+    held: int
+    dim: int
+    index: Ids
+
+
+@dataclass(frozen=True)
+class UnitGroup:
+    """Units that cut the same dims of the same tensors, equally often."""
+
+    coupling: Coupling
+    fines: tuple[int, ...]
+
+    @cached_property
+    def units(self) -> Ids:
+        """The numbers of the group's units, ascending."""
+        own = self.coupling.units
+        return np.sort(np.concatenate([own.base[f] + np.arange(own.width[f]) for f in self.fines]))
+
+    @cached_property
+    def coarse(self) -> bool:
+        """Whether the units are rows (heads, groups of a convolution) rather than single positions."""
+        return self.fines[0] in self.coupling.units.takes
+
+    @cached_property
+    def slices(self) -> tuple[Slice, ...]:
+        """The dims that the group cuts, in the order in which the model uses them."""
+        found = self.coupling
+        own = np.concatenate([found.pieces_of(f) for f in self.fines])
+        taken = [(f, p) for f in self.fines for p in found.units.takes.get(f, _NONE).tolist()]
+        lengths = np.concatenate((found.pieces.length[own], found.pieces.length[[p for _, p in taken]]))
+        piece = np.repeat(np.concatenate((own, np.array([p for _, p in taken], dtype=np.int64))), lengths)
+        offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        position = found.pieces.start[piece] + offset
+        unit = found.units.base[found.pieces.fine[piece]] + offset
+        whole = int(lengths[len(own) :].sum())
+        if whole:
+            bases = found.units.base[[f for f, _ in taken]]
+            unit[-whole:] = np.repeat(bases, lengths[len(own) :])
+        axis = found.axis_of_piece[piece]
+        order = np.lexsort((position, unit, axis))
+        order = order[axis[order] >= 0]
+        axis, position = axis[order], position[order]
+        parts = []
+        for k in np.unique(axis).tolist():
+            index = position[axis == k] - found.axis_start[k]
+            parts.append(Slice(int(found.axis_held[k]), int(found.axis_dim[k]), index.reshape(len(self.units), -1)))
+        return tuple(parts)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Everything the engine knows about a traced model."""
+
+    trace: Trace
+    pieces: Pieces
+    units: Units
+    bundling: Bundling
+    axis_start: Ids
+    axis_held: Ids
+    axis_dim: Ids
+    axis_of_piece: Ids  # -1: not on a held tensor
+    kind: Ids  # of each fine atom: equal where units cut the same dims of the same tensors, equally often
+
+    @property
+    def families(self) -> tuple[Family, ...]:
+        """What may be removed, by families of bundles."""
+        return self.bundling.families
+
+    @cached_property
+    def consumers(self) -> frozenset[tuple[int, int]]:
+        """``(held, dim)`` of every dim that a layer reads (a weight's input columns), rather than makes."""
+        read = {int(ids.flat[0]) for ids in self.trace.ledger.contracted}
+        made = {int(ids.flat[0]) for ids in self.trace.ledger.passed}
+        starts = {int(s): k for k, s in enumerate(self.axis_start)}
+        chosen = [starts[s] for s in read - made if s in starts]
+        return frozenset((int(self.axis_held[k]), int(self.axis_dim[k])) for k in chosen)
+
+    @cached_property
+    def _pieces_of_fine(self) -> tuple[Ids, Ids]:
+        order = np.argsort(self.pieces.fine, kind="stable")
+        count = int(self.pieces.fine.max()) + 1
+        return order, np.searchsorted(self.pieces.fine[order], np.arange(count + 1))
+
+    def pieces_of(self, fine: int) -> Ids:
+        """The pieces of a fine atom, in order."""
+        order, first = self._pieces_of_fine
+        return np.sort(order[first[fine] : first[fine + 1]])
+
+    @cached_property
+    def movable(self) -> NDArray[np.bool_]:
+        """Which units are in a family, that is, may go."""
+        found = np.zeros(self.units.total, dtype=bool)
+        for family in self.families:
+            found[family.units] = True
+        return found
+
+    @cached_property
+    def groups(self) -> tuple[UnitGroup, ...]:
+        """All units that may go, by signature, in the order in which the model uses them."""
+        own = self.units
+        by_mark: dict[int, list[int]] = {}
+        fines = np.flatnonzero(own.free)
+        for f in fines[np.argsort(own.base[fines], kind="stable")].tolist():
+            if self.movable[own.base[f]] and self.kind[f] != 0:
+                by_mark.setdefault(int(self.kind[f]), []).append(f)
+        return tuple(UnitGroup(self, tuple(found)) for found in by_mark.values())
+
+    @cached_property
+    def unit_of_atom(self) -> Ids:
+        """The number of each atom's unit."""
+        pieces = self.pieces
+        first = self.units.base[pieces.fine] - pieces.start
+        return np.repeat(first, pieces.length) + np.arange(self.trace.ledger.size)
+
+    @cached_property
+    def group_of_unit(self) -> Ids:
+        """The index of each unit's group (-1: it may not go)."""
+        found = np.full(self.units.total, -1, dtype=np.int64)
+        for k, group in enumerate(self.groups):
+            found[group.units] = k
+        return found
+
+    def atoms_of(self, units: Ids) -> Ids:
+        """Every atom that goes with a set of units."""
+        chosen = np.zeros(self.units.total, dtype=bool)
+        chosen[units] = True
+        gone = chosen[self.unit_of_atom]
+        for f, taken in self.units.takes.items():
+            if chosen[self.units.base[f]]:
+                for piece in taken.tolist():
+                    start = self.pieces.start[piece]
+                    gone[start : start + self.pieces.length[piece]] = True
+        return np.flatnonzero(gone)
+
+    def alive_units(self, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Which units are left, given the atoms that are."""
+        found = np.zeros(self.units.total, dtype=bool)
+        found[self.unit_of_atom[alive]] = True
+        return found
+
+
+def couple(trace: Trace) -> Coupling:
+    """Pieces, units, bundles and groups of a traced model."""
+    pieces = cut_into_pieces(trace.ledger)
+    start, held, dim = axis_of(trace.held)
+    size = np.array([trace.held[h].shape[d] for h, d in zip(held.tolist(), dim.tolist(), strict=True)], dtype=np.int64)
+    axis = np.searchsorted(start, pieces.start, side="right") - 1
+    inside = axis >= 0
+    inside[inside] = pieces.start[inside] < start[axis[inside]] + size[axis[inside]]
+    axis = np.where(inside, axis, -1)
+    units = find_units(trace.ledger, pieces)
+    kind = _kinds(pieces, units, axis, len(start))
+    bundling = find_bundles(trace.ledger, units, kind, lambda attribute: read_attribute(trace.model, attribute))
+    return Coupling(trace, pieces, units, bundling, start, held, dim, axis, kind)
+
+
+def _kinds(pieces: Pieces, units: Units, axis: Ids, axes: int) -> Ids:
+    """A signature for each fine atom: a sum of random numbers, one for each dim that it cuts."""
+    random = np.random.default_rng(0).integers(1, 2**62, size=(axes, 2), dtype=np.int64)
+    mark = np.zeros(len(units.base), dtype=np.int64)
+    real = axis >= 0
+    with np.errstate(over="ignore"):
+        np.add.at(mark, pieces.fine[real], random[axis[real], 0])
+        for f, taken in units.takes.items():
+            on = taken[axis[taken] >= 0]
+            mark[f] += (random[axis[on], 1] * pieces.length[on]).sum()
+    return mark

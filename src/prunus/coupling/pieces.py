@@ -1,0 +1,200 @@
+"""Pieces: the longest stretches of atoms that nothing tells apart, and what ties them.
+
+Ties are kept as intervals. Wherever one of them, a freeze, a row or a tie begins or ends, the line of atoms is cut;
+cuts travel through ties until both ends of each tie are cut at the same places. From then on a piece behaves like a
+single atom, whatever its length: a plain network of a million channels has a few hundred pieces.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse.csgraph import connected_components
+
+from prunus.labels import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE, Ids, Ledger
+
+ROUNDS = 64  # after so many rounds of travelling cuts, what still moves is cut at every position
+
+
+@dataclass(frozen=True)
+class Pieces:
+    """The line of atoms cut into pieces, and the ties between them.
+
+    ``classes`` are components over one-to-one ties (one coordinate of one thing), ``fine`` over all ties.
+    ``cause -> effect`` are pairs of classes: if the first goes, the second goes.
+    """
+
+    start: Ids
+    length: Ids
+    left: Ids
+    right: Ids
+    kind: Ids
+    step: Ids
+    classes: Ids
+    fine: Ids
+    cause: Ids
+    effect: Ids
+
+    def of(self, positions: Ids) -> Ids:
+        """The piece that holds each atom."""
+        return np.searchsorted(self.start, positions, side="right") - 1
+
+    def within(self, ids: Ids) -> Ids:
+        """The distinct pieces that a set of atoms touches."""
+        return np.unique(self.of(ids.reshape(-1)))
+
+
+def cut_into_pieces(ledger: Ledger) -> Pieces:
+    """Pieces, classes, fine atoms and implications of everything that was recorded."""
+    cut = _cuts(ledger)
+    start = np.flatnonzero(cut[:-1])
+    length = np.diff(np.concatenate((start, [ledger.size])))
+    left, right, kind, step = _piece_ties(ledger, start)
+    single = kind == ONE_TO_ONE
+    classes = components(len(start), left[single], right[single])
+    draft = Pieces(start, length, left, right, kind, step, classes, classes, classes, classes)
+    same = _equal_rows(ledger, draft)
+    while len(same):
+        left, right = np.concatenate((left, same[:, 0])), np.concatenate((right, same[:, 1]))
+        kind = np.concatenate((kind, np.full(len(same), ONE_TO_ONE)))
+        step = np.concatenate((step, np.full(len(same), -1)))
+        single = kind == ONE_TO_ONE
+        classes = components(len(start), left[single], right[single])
+        draft = Pieces(start, length, left, right, kind, step, classes, classes, classes, classes)
+        same = _equal_rows(ledger, draft)
+    fine = components(len(start), left, right)
+    cause, effect = _implications(ledger, draft)
+    return Pieces(start, length, left, right, kind, step, classes, fine, cause, effect)
+
+
+def components(count: int, left: Ids, right: Ids) -> Ids:
+    """The component of each of ``count`` nodes."""
+    if left.size == 0:
+        return np.arange(count)
+    graph = coo_matrix((np.ones(left.size, dtype=np.int8), (left, right)), shape=(count, count))
+    return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def _cuts(ledger: Ledger) -> NDArray[np.bool_]:
+    """True where a piece begins."""
+    cut = np.zeros(ledger.size + 1, dtype=bool)
+    cut[0] = cut[1] = cut[ledger.size] = True
+    cut[ledger.starts] = True
+    ties = ledger.ties
+    for begin in (ties.left, ties.right):
+        cut[begin] = True
+        cut[begin + ties.length] = True
+    done: set[int] = set()
+    for ids in (
+        *(f.ids for f in ledger.freezes),
+        *(r.row for r in ledger.requirements),
+        *(b.ids for b in ledger.balances),
+        *(r.fine for r in ledger.rows_of),
+    ):
+        if id(ids) not in done:
+            done.add(id(ids))
+            _cut_rows(cut, ids)
+    for rows in ledger.rows_of:
+        _cut_single(cut, rows.coarse)
+    for implication in ledger.implications:
+        _cut_single(cut, implication.cause)
+        _cut_single(cut, implication.effect)
+    _travel(cut, ties.left, ties.right, ties.length)
+    return cut
+
+
+def _cut_single(cut: NDArray[np.bool_], ids: Ids) -> None:
+    cut[ids] = True
+    cut[ids + 1] = True
+
+
+def _cut_rows(cut: NDArray[np.bool_], ids: Ids) -> None:
+    """Cut where a consecutive stretch of a row begins or ends."""
+    if ids.size == 0:
+        return
+    rows = ids.reshape(-1, ids.shape[-1])
+    cut[rows[:, 0]] = True
+    cut[rows[:, -1] + 1] = True
+    if rows.shape[1] > 1 and not (rows[:, -1] - rows[:, 0] == rows.shape[1] - 1).all():
+        broken = rows[:, 1:] - rows[:, :-1] != 1
+        cut[rows[:, 1:][broken]] = True
+        cut[rows[:, :-1][broken] + 1] = True
+
+
+def _travel(cut: NDArray[np.bool_], left: Ids, right: Ids, length: Ids) -> None:
+    """Carry cuts through ties until both ends of each are cut alike."""
+    long = length > 1
+    ties = np.stack((left[long], right[long], length[long]), axis=1)
+    for round_ in range(ROUNDS + 1):
+        total = np.concatenate(([0], np.cumsum(cut)))
+        a, b, n = ties.T
+        inside = (total[a + n] - total[a + 1]) + (total[b + n] - total[b + 1])
+        moved = False
+        for start, other, size in ties[inside > 0].tolist():
+            here, there = cut[start + 1 : start + size], cut[other + 1 : other + size]
+            both = here | there
+            if round_ == ROUNDS and not np.array_equal(here, there):
+                both[:] = True
+            if both.sum() > here.sum() or both.sum() > there.sum():
+                here[:] = both
+                there[:] = both
+                moved = True
+        if not moved:
+            return
+    _travel(cut, left, right, length)
+
+
+def _piece_ties(ledger: Ledger, start: Ids) -> tuple[Ids, Ids, Ids, Ids]:
+    """Each tie as ties between the pieces that it covers."""
+    ties = ledger.ties
+    first = np.searchsorted(start, ties.left)
+    count = np.searchsorted(start, ties.left + ties.length) - first
+    other = np.searchsorted(start, ties.right)
+    total = int(count.sum())
+    offset = np.arange(total) - np.repeat(np.cumsum(count) - count, count)
+    left, right = np.repeat(first, count) + offset, np.repeat(other, count) + offset
+    return left, right, np.repeat(ties.kind, count), np.repeat(ties.step, count)
+
+
+def _equal_rows(ledger: Ledger, pieces: Pieces) -> Ids:
+    """Pairs of coarse pieces whose rows are the same classes, and which are not one class yet."""
+    seen: dict[bytes, int] = {}
+    pairs: list[tuple[int, int]] = []
+    for rows in ledger.rows_of:
+        coarse = pieces.of(rows.coarse)
+        members = pieces.classes[pieces.of(rows.fine)]
+        for atom, row in zip(coarse.tolist(), members, strict=True):
+            key = np.unique(row).tobytes() if row.size > 1 else row.tobytes()
+            first = seen.setdefault(key, atom)
+            if pieces.classes[first] != pieces.classes[atom]:
+                pairs.append((first, atom))
+    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+
+
+def _implications(ledger: Ledger, pieces: Pieces) -> tuple[Ids, Ids]:
+    """Pairs of classes: the one side of a tie takes the many, a coarse atom its row, a cause its effect."""
+    classes = pieces.classes
+    down = (pieces.kind == LEFT_IS_ONE) | (pieces.kind == MANY_TO_MANY)
+    up = (pieces.kind == RIGHT_IS_ONE) | (pieces.kind == MANY_TO_MANY)
+    cause = [classes[pieces.left[down]], classes[pieces.right[up]]]
+    effect = [classes[pieces.right[down]], classes[pieces.left[up]]]
+    for rows in ledger.rows_of:
+        members = pieces.of(rows.fine)
+        cause.append(np.repeat(classes[pieces.of(rows.coarse)], members.shape[1]))
+        effect.append(classes[members.reshape(-1)])
+    for implication in ledger.implications:
+        cause.append(classes[pieces.of(implication.cause)])
+        effect.append(classes[pieces.of(implication.effect)])
+    pairs = np.unique(np.stack((np.concatenate(cause), np.concatenate(effect)), axis=1), axis=0)
+    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
+    return pairs[:, 0], pairs[:, 1]
+
+
+def reachable(pieces: Pieces) -> csr_matrix:
+    """``effect`` classes of each ``cause`` class, as a sparse matrix."""
+    count = int(pieces.classes.max()) + 1
+    ones = np.ones(pieces.cause.size, dtype=np.int8)
+    return coo_matrix((ones, (pieces.cause, pieces.effect)), shape=(count, count)).tocsr()

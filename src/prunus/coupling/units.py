@@ -1,0 +1,127 @@
+"""Units: the smallest sets of parameter slices that must go together, and why the others may not go."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunus.coupling.pieces import Pieces, reachable
+from prunus.labels import Freeze, Ids, Ledger
+
+
+@dataclass(frozen=True)
+class Units:
+    """Every fine atom as a candidate for removal, and what its removal takes.
+
+    ``stay[f]`` is the freeze that keeps fine atom ``f`` (-1: it may go); ``stay_class`` the same for classes.
+    ``base[f]`` is the number of its first unit; its units are numbered along its pieces. Only those of fine atoms that
+    are ``free`` may be chosen.
+    ``takes[f]`` are the pieces that go as a whole when coarse atom ``f`` goes.
+    """
+
+    pieces: Pieces
+    freezes: tuple[Freeze, ...]
+    stay: Ids
+    stay_class: Ids
+    free: NDArray[np.bool_]
+    base: Ids
+    width: Ids
+    takes: dict[int, Ids]
+    total: int
+
+    def number_of(self, positions: Ids) -> Ids:
+        """The unit of each atom."""
+        piece = self.pieces.of(positions)
+        return self.base[self.pieces.fine[piece]] + positions - self.pieces.start[piece]
+
+    def unit_of(self, positions: Ids) -> Ids:
+        """The unit of each atom (-1 where it may not be chosen)."""
+        piece = self.pieces.of(positions)
+        fine = self.pieces.fine[piece]
+        return np.where(self.free[fine], self.base[fine] + positions - self.pieces.start[piece], -1)
+
+    def fine_of(self, unit: Ids) -> Ids:
+        """The fine atom of each unit."""
+        return self._order[np.searchsorted(self._sorted, unit, side="right") - 1]
+
+    @cached_property
+    def _order(self) -> Ids:
+        return np.argsort(self.base, kind="stable")
+
+    @cached_property
+    def _sorted(self) -> Ids:
+        return self.base[self._order]
+
+    def is_coarse(self, unit: int) -> bool:
+        """Whether the unit takes whole rows (a head) rather than one position."""
+        return int(self.fine_of(np.array([unit]))[0]) in self.takes
+
+
+def find_units(ledger: Ledger, pieces: Pieces) -> Units:
+    """Which fine atoms may go, and what each takes (atoms on no tensor that the model keeps are units too)."""
+    freezes = tuple(ledger.freezes)
+    count = int(pieces.fine.max()) + 1
+    stay_class = _frozen_classes(pieces, freezes)
+    stay = np.full(count, len(freezes), dtype=np.int64)
+    known = stay_class[pieces.classes]
+    np.minimum.at(stay, pieces.fine[known >= 0], known[known >= 0])
+    for k, freeze in enumerate(freezes):
+        if not freeze.hard:
+            pinned = pieces.fine[pieces.within(freeze.ids)]
+            stay[pinned] = np.minimum(stay[pinned], k)
+    stay[stay == len(freezes)] = -1
+    takes = _takes(pieces, stay)
+    width = np.zeros(count, dtype=np.int64)
+    width[pieces.fine] = pieces.length
+    free = stay < 0
+    free[pieces.fine[0]] = False  # atom 0 stands for nothing
+    first = np.full(count, np.iinfo(np.int64).max)
+    np.minimum.at(first, pieces.fine, pieces.start)
+    order = np.argsort(first, kind="stable")
+    base = np.zeros(count, dtype=np.int64)
+    base[order] = np.cumsum(width[order]) - width[order]
+    return Units(pieces, freezes, stay, stay_class, free, base, width, takes, int(width.sum()))
+
+
+def _frozen_classes(pieces: Pieces, freezes: tuple[Freeze, ...]) -> Ids:
+    """For each class the freeze that keeps it (-1: none): its own, or that of something which would go with it."""
+    stay = np.full(int(pieces.classes.max()) + 1, -1, dtype=np.int64)
+    for k in range(len(freezes) - 1, -1, -1):
+        if freezes[k].hard:
+            stay[pieces.classes[pieces.within(freezes[k].ids)]] = k
+    while True:
+        spread = (stay[pieces.effect] >= 0) & (stay[pieces.cause] < 0)
+        if not spread.any():
+            return stay
+        stay[pieces.cause[spread]] = stay[pieces.effect[spread]]
+
+
+def _takes(pieces: Pieces, stay: Ids) -> dict[int, Ids]:
+    """For each fine atom that may go and takes more than itself: the pieces that go as a whole with it."""
+    graph = reachable(pieces)
+    order = np.argsort(pieces.classes, kind="stable")
+    first = np.searchsorted(pieces.classes[order], np.arange(graph.shape[0] + 1))
+    has_edges = np.diff(graph.indptr) > 0
+    leading = np.flatnonzero(has_edges[pieces.classes])
+    found: dict[int, Ids] = {}
+    by_fine: dict[int, set[int]] = {}
+    for piece in leading.tolist():
+        f = int(pieces.fine[piece])
+        if stay[f] < 0:
+            by_fine.setdefault(f, set()).add(int(pieces.classes[piece]))
+    for f, roots in by_fine.items():
+        seen, todo = set(roots), list(roots)
+        while todo:
+            node = todo.pop()
+            for nxt in graph.indices[graph.indptr[node] : graph.indptr[node + 1]].tolist():
+                if nxt not in seen:
+                    seen.add(nxt)
+                    todo.append(nxt)
+        members = np.concatenate([order[first[c] : first[c + 1]] for c in sorted(seen)])
+        taken = np.sort(members[pieces.fine[members] != f])
+        if taken.size:
+            found[f] = taken
+    return found

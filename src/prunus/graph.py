@@ -1,0 +1,508 @@
+"""The dependency graph as users of structured pruning know it: groups by hand, all groups, pruning a group.
+
+A thin face over the engine: the graph holds what tracing and coupling found and which atoms are still there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from prunus.coupling import Coupling, couple
+from prunus.errors import InputError, SurgeryError
+from prunus.functions import PruningFn, functions_for, is_in_channel_fn, is_out_channel_fn
+from prunus.functions import prune_parameter_in_channels, prune_parameter_out_channels
+from prunus.importance import Member, members_of
+from prunus.importance.members import current_positions
+from prunus.labels import Ids
+from prunus.plan import Alive, Plan, everything_alive, make_plan
+from prunus.sizes import Fact
+from prunus.surgery import Receipt, apply
+from prunus.tracing import ForwardFn, Inputs, trace
+
+ROOT_TYPES: tuple[type, ...] = (_ConvNd, nn.Linear)
+
+
+@dataclass(frozen=True)
+class Node:
+    """A layer of the model, or one of its bare parameters."""
+
+    name: str
+    module: Any
+
+    def __str__(self) -> str:
+        kind = f"Parameter{tuple(self.module.shape)}" if isinstance(self.module, torch.Tensor) else str(self.module)
+        return f"{self.name} ({kind})" if len(kind) <= 100 and "\n" not in kind else f"{self.name} ({type(self.module).__name__})"
+
+
+@dataclass(frozen=True)
+class Dependency:
+    """``trigger`` on ``source`` makes ``handler`` on ``target`` necessary."""
+
+    trigger: PruningFn
+    handler: PruningFn
+    source: Node
+    target: Node
+
+    @property
+    def layer(self) -> Any:
+        """The layer that is cut."""
+        return self.target.module
+
+    @property
+    def pruning_fn(self) -> PruningFn:
+        """The function that cuts it."""
+        return self.handler
+
+    def is_triggered_by(self, fn: PruningFn) -> bool:
+        """Whether ``fn`` is what makes this cut necessary."""
+        return fn is self.trigger
+
+    def __str__(self) -> str:
+        return f"{self.trigger.__name__} on {self.source} => {self.handler.__name__} on {self.target}"
+
+
+@dataclass(frozen=True)
+class GroupItem:
+    """One layer of a group: unpacks into ``(dep, idxs)``; ``root_idxs[k]`` is the place in the root of ``idxs[k]``."""
+
+    dep: Dependency
+    idxs: list[int]
+    root_idxs: list[int]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.dep, self.idxs))
+
+    def __getitem__(self, k: int) -> Any:
+        return (self.dep, self.idxs)[k]
+
+    def __len__(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One side (what it makes, or what it reads) of one layer, with the tensors' dims that belong to it."""
+
+    node: Node
+    handler: PruningFn
+    dims: tuple[tuple[int, int], ...]
+
+
+class Group:
+    """Slices that must go together.
+
+    Iterating gives items ``(dep, idxs)``, the root first; ``print(group)`` shows what triggers what; ``prune()`` cuts.
+    """
+
+    def __init__(self, graph: DependencyGraph, units: Ids, root: _Side) -> None:
+        self._graph = graph
+        self._root = root
+        self._alive = graph.alive
+        self.units = units
+
+    @property
+    def size(self) -> int:
+        """The number of units."""
+        return len(self.units)
+
+    @cached_property
+    def parts(self) -> Sequence[tuple[torch.Tensor, list[Member]]]:
+        """Units of one signature: their places in the group, and what they cut."""
+        coupling, alive = self._graph.coupling, self._alive
+        kinds = coupling.group_of_unit[self.units]
+        found = []
+        for k in np.unique(kinds[kinds >= 0]).tolist():
+            places = np.flatnonzero(kinds == k)
+            members = members_of(coupling, alive, coupling.groups[k], self.units[places])
+            found.append((torch.from_numpy(places), members))
+        return found
+
+    @cached_property
+    def items(self) -> list[GroupItem]:
+        """The layers that are cut, the root first, then in the order in which the model uses them."""
+        return self._graph._items(self.units, self._root, self._alive)
+
+    def __iter__(self) -> Iterator[GroupItem]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, k: int) -> GroupItem:
+        return self.items[k]
+
+    def has_pruning_op(self, dep: Dependency, idxs: Sequence[int]) -> bool:
+        """Whether the group cuts these positions of that layer."""
+        return any(d.target.module is dep.target.module and d.handler is dep.handler and i == list(idxs) for d, i in self)
+
+    def plan(self, idxs: Sequence[int] | None = None) -> Plan:
+        """The plan that removes the group (or, of its root, only ``idxs``)."""
+        return self._graph._plan(self._chosen(idxs))[0]
+
+    def prune(self, idxs: Sequence[int] | None = None, record_history: bool = True) -> Receipt:
+        """Cut every layer of the group at once.
+
+        Args:
+            idxs: positions of the root layer to remove, among those of the group (default: all of them).
+            record_history: keep the plan in :meth:`DependencyGraph.pruning_history`.
+
+        Raises:
+            SurgeryError: a layer would lose its last channel, or a part of the group may not go; nothing was changed.
+        """
+        return self._graph._prune(self._chosen(idxs), record_history)
+
+    __call__ = prune
+
+    def exec(self) -> Receipt:
+        """The old name of :meth:`prune`."""
+        return self.prune()
+
+    def _chosen(self, idxs: Sequence[int] | None) -> Ids:
+        if idxs is None:
+            return self.units
+        module, handler = self._root.node.module, self._root.handler
+        return self._graph.get_pruning_group(module, handler, idxs).units
+
+    def details(self) -> str:
+        """What triggers what, one "A => B" line for each step, ops between the layers included."""
+        from prunus.report import describe_group
+
+        return describe_group(self._graph, self)
+
+    def __str__(self) -> str:
+        return self.details()
+
+
+class DependencyGraph:
+    """Finds, for any network, which slices of which layers must be removed together.
+
+    Example:
+        >>> import torch, prunus as tp
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+        >>> DG = tp.DependencyGraph().build_dependency(model, example_inputs=torch.randn(1, 3, 8, 8))
+        >>> group = DG.get_pruning_group(model[0], tp.prune_conv_out_channels, idxs=[2, 6])
+        >>> DG.check_pruning_group(group)
+        True
+        >>> receipt = group.prune()
+        >>> model[0].out_channels, model[3].in_channels
+        (6, 6)
+    """
+
+    def __init__(self) -> None:
+        self._coupling: Coupling | None = None
+        self._alive: Alive | None = None
+        self._history: list[Plan] = []
+        self.facts: tuple[Fact, ...] = ()
+
+    def build_dependency(
+        self,
+        model: nn.Module,
+        example_inputs: Inputs,
+        forward_fn: ForwardFn | None = None,
+        output_transform: Callable[[Any], Any] | None = None,
+        unwrapped_parameters: Any = None,
+        customized_pruners: Any = None,
+        ignored_layers: Sequence[nn.Module] = (),
+        ignored_params: Sequence[nn.Parameter] = (),
+        verbose: bool = True,
+    ) -> DependencyGraph:
+        """Trace the model and find all its groups.
+
+        Args:
+            model: any module; gradients are not needed, and it is left as it came.
+            example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
+            forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
+            output_transform: picks from the output what must keep its sizes.
+            unwrapped_parameters: accepted for old scripts; bare parameters are found by themselves.
+            customized_pruners: not supported yet; custom layers are traced like any other code.
+            ignored_layers: modules whose output widths must stay.
+            ignored_params: parameters that must stay as they are.
+            verbose: accepted for old scripts.
+
+        Raises:
+            InputError: the model cannot run on the inputs, or an ignored layer is not part of it.
+        """
+        if customized_pruners:
+            raise InputError("customized_pruners are not supported: custom layers are traced like any other code")
+        found = trace(getattr(model, "_orig_mod", model), example_inputs, forward_fn, output_transform)
+        self._freeze(found, tuple(ignored_layers or ()), tuple(ignored_params or ()))
+        self._coupling = couple(found)
+        self._alive = everything_alive(self._coupling)
+        self._history = []
+        return self
+
+    @staticmethod
+    def _freeze(found: Any, layers: Sequence[Any], params: Sequence[Any]) -> None:
+        """Freeze what the caller wants to keep: the outputs of layers, all dims of parameters."""
+        inside = {id(m): path for path, m in found.model.named_modules()}
+        chosen: set[int] = set()
+        whole = {id(p) for p in (*params, *(x for x in layers if isinstance(x, torch.Tensor)))}
+        for layer in layers:
+            if isinstance(layer, torch.Tensor):
+                continue
+            if not isinstance(layer, nn.Module):
+                raise InputError(f"ignored_layers holds {layer!r}, which is no module; pass modules of the model")
+            if id(layer) not in inside:
+                raise InputError(f"ignored_layers holds a {type(layer).__name__} that is not part of the model")
+            chosen |= {id(m) for m in layer.modules()}
+        read = {int(ids.flat[0]) for ids in found.ledger.contracted} - {int(ids.flat[0]) for ids in found.ledger.passed}
+        by_path = dict(found.model.named_modules())
+        for held in found.held:
+            owners = {id(by_path[p.module]) for p in held.places}
+            for start, n in zip(held.starts, held.shape, strict=True):
+                if start < 0:
+                    continue
+                if id(held.tensor) in whole or (owners & chosen and start not in read):
+                    found.ledger.freeze(np.arange(start, start + n), "the caller asked to leave this layer alone")
+
+    @property
+    def coupling(self) -> Coupling:
+        """What the engine found."""
+        if self._coupling is None:
+            raise InputError("the graph is empty: call build_dependency(model, example_inputs) first")
+        return self._coupling
+
+    @property
+    def alive(self) -> Alive:
+        """Which atoms were not cut yet."""
+        if self._alive is None:
+            raise InputError("the graph is empty: call build_dependency(model, example_inputs) first")
+        return self._alive
+
+    @property
+    def model(self) -> nn.Module:
+        """The traced model."""
+        return self.coupling.trace.model
+
+    @property
+    def unsupported(self) -> dict[str, tuple[str, ...]]:
+        """Ops without a rule (what flows into them is frozen), and the modules in which they ran."""
+        return dict(self.coupling.trace.unsupported)
+
+    # -- sides of layers ------------------------------------------------------------------------------------------
+
+    @cached_property
+    def _sides_by_coupling(self) -> dict[int, Any]:
+        return {}
+
+    @property
+    def _sides(self) -> tuple[tuple[_Side, ...], dict[tuple[int, bool], _Side], dict[tuple[int, int], _Side]]:
+        """All sides in the order of use; by (layer, whether it reads); by tensor dim."""
+        cached = self._sides_by_coupling.get(id(self.coupling))
+        if cached is None:
+            cached = self._sides_by_coupling[id(self.coupling)] = self._find_sides()
+        return cached  # type: ignore[no-any-return]
+
+    def _find_sides(self) -> Any:
+        coupling = self.coupling
+        dims: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+        nodes: dict[int, Node] = {}
+        for k in range(len(coupling.axis_start)):
+            held, dim = int(coupling.axis_held[k]), int(coupling.axis_dim[k])
+            place = coupling.trace.held[held].places[0]
+            owner: Any = self.model.get_submodule(place.module)
+            node = Node(place.module, owner)
+            if functions_for(owner) is None:
+                if place.kind != "parameter":
+                    continue
+                node = Node(place.full, getattr(owner, place.name))
+            elif dim >= 2:
+                continue
+            nodes[id(node.module)] = node
+            dims.setdefault((id(node.module), (held, dim) in coupling.consumers), []).append((held, dim))
+        by_layer, by_dim = {}, {}
+        for (module, reads), found in dims.items():
+            node = nodes[module]
+            pair = functions_for(node.module) or (prune_parameter_out_channels, prune_parameter_in_channels)
+            side = _Side(node, pair[1] if reads else pair[0], tuple(found))
+            by_layer[module, reads] = side
+            by_dim.update(dict.fromkeys(found, side))
+        return tuple(by_layer.values()), by_layer, by_dim
+
+    def _side(self, module: Any, fn: Callable[..., Any]) -> _Side:
+        """The side of ``module`` that ``fn`` cuts."""
+        reads = is_in_channel_fn(fn)
+        if not reads and not is_out_channel_fn(fn):
+            raise InputError(f"{fn!r} is no pruning function; pass one of prunus.prune_*_out_channels / _in_channels")
+        by_layer = self._sides[1]
+        side = by_layer.get((id(module), reads)) or by_layer.get((id(module), False))
+        if side is None:
+            inside = any(m is module for m in self.model.modules())
+            why = "was not used while tracing" if inside else "is not part of the model that the graph was built for"
+            raise InputError(f"{type(module).__name__} {why}; pass a layer that runs on the example inputs")
+        return side
+
+    # -- groups ---------------------------------------------------------------------------------------------------
+
+    def _living(self, side: _Side) -> tuple[Ids, Ids]:
+        """Atoms along a side that were not cut, and their units (positions are as the layer is now)."""
+        held, dim = side.dims[0]
+        start = self.coupling.trace.held[held].starts[dim]
+        atoms = start + np.arange(self.coupling.trace.held[held].shape[dim])
+        atoms = atoms[self.alive[atoms]]
+        return atoms, self.coupling.unit_of_atom[atoms]
+
+    def get_pruning_group(self, module: Any, pruning_fn: PruningFn, idxs: Sequence[int] | torch.Tensor) -> Group:
+        """Everything that must go when positions ``idxs`` of a layer go.
+
+        Args:
+            module: a layer of the model (or a bare parameter).
+            pruning_fn: which side of it, as one of the ``prune_*_out_channels`` or ``prune_*_in_channels`` functions.
+            idxs: positions, as the layer is now.
+
+        Raises:
+            InputError: the layer is not part of the traced model, or an index is out of range.
+        """
+        side = self._side(module, pruning_fn)
+        wanted = idxs.tolist() if isinstance(idxs, torch.Tensor) else list(idxs)
+        _, units = self._living(side)
+        outside = [i for i in wanted if not 0 <= i < len(units)]
+        if outside:
+            raise InputError(f"{side.node.name} has {len(units)} positions there; {outside[:8]} do not exist")
+        if not wanted:
+            raise InputError(f"no positions of {side.node.name} were given")
+        return Group(self, self._balanced(units[wanted]), side)
+
+    def _balanced(self, units: Ids) -> Ids:
+        """``units`` and their partners: every lane of a family loses the same share, by position."""
+        units = np.array(list(dict.fromkeys(units.tolist())), dtype=np.int64)
+        living = self.coupling.alive_units(self.alive)
+        chosen = set(units.tolist())
+        extra: list[int] = []
+        for family in self.coupling.families:
+            if len(family.lanes) == 1 or not chosen.intersection(family.units.tolist()):
+                continue
+            lanes = [lane[living[lane]] for lane in family.lanes]
+            quotas = [len(lane) // family.count for lane in family.lanes]
+            places = [np.flatnonzero([u in chosen for u in lane.tolist()]) for lane in lanes]
+            bundles = sorted({int(k) // q for found, q in zip(places, quotas, strict=True) for k in found})
+            need = max(-(-len(found) // q) for found, q in zip(places, quotas, strict=True))
+            for lane, quota, found in zip(lanes, quotas, places, strict=True):
+                near = [k for b in bundles for k in range(b * quota, (b + 1) * quota)]
+                order = dict.fromkeys([*found.tolist(), *near, *range(len(lane))])
+                picked = [k for k in order if k < len(lane)][: need * quota]
+                extra += [u for u in lane[picked].tolist() if u not in chosen]
+        return np.concatenate((units, np.array(extra, dtype=np.int64)))
+
+    def get_all_groups(
+        self, ignored_layers: Sequence[Any] = (), root_module_types: Sequence[type] = ROOT_TYPES
+    ) -> Iterator[Group]:
+        """Each group that may be pruned, once, with its full index list, in the order in which the model runs.
+
+        The groups may be pruned while iterating.
+
+        Args:
+            ignored_layers: modules whose outputs must stay; groups that would cut them are left out.
+            root_module_types: layers that may be the root of a group.
+        """
+        ignored = {id(m) for layer in ignored_layers or () if isinstance(layer, nn.Module) for m in layer.modules()}
+        visited = np.zeros(self.coupling.units.total, dtype=bool)
+        movable = self.coupling.movable
+        for side in self._sides[0]:
+            if side.handler is not None and is_in_channel_fn(side.handler):
+                continue
+            if not isinstance(side.node.module, tuple(root_module_types)) or id(side.node.module) in ignored:
+                continue
+            _, units = self._living(side)
+            units = units[movable[units] & ~visited[units]]
+            if units.size == 0:
+                continue
+            group = Group(self, self._balanced(units), side)
+            visited[group.units] = True
+            if ignored and any(id(d.target.module) in ignored and is_out_channel_fn(d.handler) for d, _ in group):
+                continue
+            yield group
+
+    def check_pruning_group(self, group: Group) -> bool:
+        """False if a layer would lose its last position, or if a part of the group may not go."""
+        try:
+            self._plan(group.units)
+        except SurgeryError:
+            return False
+        return True
+
+    def _items(self, units: Ids, root: _Side, alive: Alive) -> list[GroupItem]:
+        coupling = self.coupling
+        gone = coupling.atoms_of(units)
+        gone = gone[alive[gone]]
+        place = {int(u): k for k, u in enumerate(units.tolist())}
+        _, _, by_dim = self._sides
+        order: dict[int, tuple[_Side, list[int], list[int]]] = {}
+        axis = np.searchsorted(coupling.axis_start, gone, side="right") - 1
+        for k in np.unique(axis[axis >= 0]).tolist():
+            held, dim = int(coupling.axis_held[k]), int(coupling.axis_dim[k])
+            side = by_dim.get((held, dim))
+            here = gone[axis == k] - coupling.axis_start[k]
+            here = here[here < coupling.trace.held[held].shape[dim]]
+            if side is None or here.size == 0 or (id(side) in order and order[id(side)][0] is side):
+                continue
+            atoms = here + coupling.axis_start[k]
+            roots = [place.get(int(u), 0) for u in coupling.unit_of_atom[atoms].tolist()]
+            now = current_positions(coupling.trace.held[held], dim, alive, here).tolist()
+            order[id(side)] = (side, now, roots)
+        first = order.pop(id(root), None)
+        found = [first] if first is not None else []
+        found += order.values()
+        return [
+            GroupItem(Dependency(root.handler, side.handler, root.node, side.node), now, roots)
+            for side, now, roots in found
+        ]
+
+    # -- pruning --------------------------------------------------------------------------------------------------
+
+    def _plan(self, units: Ids) -> tuple[Plan, Alive]:
+        stuck = ~self.coupling.movable[units]
+        if stuck.any():
+            from prunus.coupling.explain import why_not
+
+            raise SurgeryError(f"a part of this group may not go: {why_not(self.coupling, int(units[stuck][0]))}")
+        return make_plan(self.coupling, self.alive, units, self.facts)
+
+    def _prune(self, units: Ids, record_history: bool = True, optimizer: Any = None) -> Receipt:
+        plan, after = self._plan(units)
+        before = self.alive
+        receipt = apply(self.model, plan, optimizer)
+        self._alive = after
+        if record_history:
+            self._history.append(plan)
+        receipt.on_undo = lambda: self._restore(before, plan)
+        return receipt
+
+    def _restore(self, alive: Alive, plan: Plan) -> None:
+        self._alive = alive
+        self._history = [p for p in self._history if p is not plan]
+
+    def pruning_history(self) -> list[Plan]:
+        """The plans that were applied, in order."""
+        return list(self._history)
+
+    def get_out_channels(self, module: Any) -> int:
+        """The present width of what a layer makes."""
+        return len(self._living(self._side(module, prune_parameter_out_channels))[0])
+
+    def get_in_channels(self, module: Any) -> int:
+        """The present width of what a layer reads."""
+        return len(self._living(self._side(module, prune_parameter_in_channels))[0])
+
+    def is_out_channel_pruning_fn(self, fn: PruningFn) -> bool:
+        """Whether ``fn`` cuts what a layer makes."""
+        return is_out_channel_fn(fn)
+
+    def is_in_channel_pruning_fn(self, fn: PruningFn) -> bool:
+        """Whether ``fn`` cuts what a layer reads."""
+        return is_in_channel_fn(fn)
+
+    def explain(self, layer: nn.Module | str) -> str:
+        """For every dim of a layer: which group it is in and through which ops, or why it has to stay."""
+        from prunus.coupling.explain import explain
+
+        return explain(self.coupling, layer)

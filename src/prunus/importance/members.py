@@ -1,0 +1,58 @@
+"""What a criterion sees of a group: the tensors it cuts, and which positions of each belong to which unit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from prunus.coupling import Coupling, UnitGroup
+from prunus.labels import Ids
+from prunus.tracing import Held
+
+
+@dataclass(frozen=True)
+class Member:
+    """One dim of one tensor that a group cuts.
+
+    ``index`` has one row for each unit: the positions of that unit along ``dim`` of ``tensor``, as it is now.
+    ``reads`` tells a layer's input columns from what it makes.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    owner: nn.Module
+    dim: int
+    index: torch.Tensor
+    reads: bool
+
+    @property
+    def is_bias(self) -> bool:
+        """Whether the tensor is a vector next to a weight, or a buffer."""
+        own = self.name.rpartition(".")[2]
+        return own.startswith("bias") or not isinstance(self.tensor, nn.Parameter)
+
+
+def members_of(coupling: Coupling, alive: NDArray[np.bool_], group: UnitGroup, units: Ids) -> list[Member]:
+    """The members of ``units`` (all of ``group``), with positions as the tensors are after earlier cuts."""
+    rows = np.searchsorted(group.units, units)
+    found = []
+    for part in group.slices:
+        held = coupling.trace.held[part.held]
+        index = current_positions(held, part.dim, alive, part.index[rows])
+        owner = coupling.trace.model.get_submodule(held.places[0].module)
+        tensor = getattr(owner, held.places[0].name)
+        reads = (part.held, part.dim) in coupling.consumers
+        found.append(Member(held.name, tensor, owner, part.dim, torch.from_numpy(index), reads))
+    return found
+
+
+def current_positions(held: Held, dim: int, alive: NDArray[np.bool_], positions: Ids | Sequence[int]) -> Ids:
+    """Where positions of the traced tensor are now."""
+    start = held.starts[dim]
+    rank: Ids = np.cumsum(alive[start : start + held.shape[dim]]) - 1
+    return rank[np.asarray(positions)]

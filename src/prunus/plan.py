@@ -1,0 +1,273 @@
+"""Plans: which positions of which tensors go, and which attributes change, as data.
+
+A plan can be printed, costed without touching the model, merged with the next one, saved as JSON, and applied to any
+copy of the model that it was made for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fractions import Fraction
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunus.coupling import Coupling
+from prunus.errors import InputError, SurgeryError
+from prunus.labels import Ids, surviving
+from prunus.sizes import Attribute, Extent, Fact, evaluate, expression_of, read_attribute, solve
+
+if TYPE_CHECKING:
+    from prunus.surgery import Receipt
+
+FORMAT = 1
+Alive = NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """What a model costs: multiply-adds of one run on the example inputs, parameters, and their bytes."""
+
+    macs: int
+    params: int
+    bytes: int
+
+
+@dataclass(frozen=True)
+class Removal:
+    """Positions of one dim of one tensor that go (numbered as the tensor is before the plan)."""
+
+    tensor: str
+    dim: int
+    size: int
+    positions: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An int attribute that changes: ``index`` picks it out of a tuple or list."""
+
+    path: str
+    name: str
+    index: int | None
+    value: int
+
+    @property
+    def attribute(self) -> Attribute:
+        """The attribute without its value."""
+        return Attribute(self.path, self.name, self.index)
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """An attribute to be set, after the cut, to the size of a tensor's dim divided by ``divide``."""
+
+    path: str
+    name: str
+    tensor: str
+    dim: int
+    divide: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to remove from a model, and what it will cost then."""
+
+    removals: tuple[Removal, ...]
+    settings: tuple[Setting, ...]
+    before: Footprint
+    after: Footprint
+    mirrors: tuple[Mirror, ...] = field(default=())
+
+    def __len__(self) -> int:
+        return len(self.removals)
+
+    def __str__(self) -> str:
+        lines = [
+            f"Plan: MACs {self.before.macs:,} -> {self.after.macs:,}, "
+            f"parameters {self.before.params:,} -> {self.after.params:,}"
+        ]
+        lines += [f"  {r.tensor} dim {r.dim}: {r.size} -> {r.size - len(r.positions)}" for r in self.removals]
+        lines += [f"  {s.attribute} = {s.value}" for s in self.settings]
+        return "\n".join(lines)
+
+    def apply(self, model: Any, optimizer: Any = None) -> Receipt:
+        """Cut ``model`` in place; see :func:`prunus.surgery.apply`."""
+        from prunus.surgery import apply
+
+        return apply(model, self, optimizer)
+
+    def then(self, later: Plan) -> Plan:
+        """One plan that does this one and then ``later``."""
+        first = {(r.tensor, r.dim): r for r in self.removals}
+        merged = dict(first)
+        for r in later.removals:
+            old = first.get((r.tensor, r.dim))
+            if old is None:
+                merged[r.tensor, r.dim] = r
+                continue
+            left = np.delete(np.arange(old.size), old.positions)
+            if len(left) != r.size:
+                raise SurgeryError(f"{r.tensor} dim {r.dim}: the first plan leaves {len(left)}, the second needs {r.size}")
+            gone = sorted([*old.positions, *left[list(r.positions)].tolist()])
+            merged[r.tensor, r.dim] = Removal(r.tensor, r.dim, old.size, tuple(gone))
+        settings = {s.attribute: s for s in (*self.settings, *later.settings)}
+        mirrors = tuple(dict.fromkeys((*self.mirrors, *later.mirrors)))
+        return Plan(tuple(merged.values()), tuple(settings.values()), self.before, later.after, mirrors)
+
+    def to_json(self) -> str:
+        """The plan as a JSON text."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read what :meth:`to_json` wrote.
+
+        Raises:
+            InputError: the text is not a plan of this format.
+        """
+        try:
+            data = json.loads(text)
+            if data.pop("format") != FORMAT:
+                raise ValueError("another format version")
+            return cls(
+                tuple(Removal(r["tensor"], r["dim"], r["size"], tuple(r["positions"])) for r in data["removals"]),
+                tuple(Setting(**s) for s in data["settings"]),
+                Footprint(**data["before"]),
+                Footprint(**data["after"]),
+                tuple(Mirror(**m) for m in data["mirrors"]),
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"this is not a plan (format {FORMAT}) as Plan.to_json writes it: {error!r}") from error
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(self.to_json(), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read a plan that :meth:`save` wrote."""
+        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def everything_alive(coupling: Coupling) -> Alive:
+    """The state of a model that nothing was cut from."""
+    return np.ones(coupling.trace.ledger.size, dtype=bool)
+
+
+def footprint(coupling: Coupling, alive: Alive) -> Footprint:
+    """The cost of the model with only the ``alive`` atoms, from what was recorded while tracing."""
+    counts: dict[int, int] = {}
+
+    def extent(ids: Ids) -> int:
+        found = counts.get(id(ids))
+        if found is None:
+            found = counts[id(ids)] = surviving(alive, ids)
+        return found
+
+    macs = sum(term.factor * prod(extent(ids) for ids in term.rows) for term in coupling.trace.ledger.macs)
+    params = size = 0
+    for held in coupling.trace.held:
+        if held.places[0].kind == "parameter":
+            shape = _shape(held.shape, held.starts, alive)
+            params += prod(shape)
+            size += prod(shape) * held.tensor.element_size()
+    return Footprint(macs, params, size)
+
+
+def _shape(shape: Sequence[int], starts: Sequence[int], alive: Alive) -> list[int]:
+    return [
+        int(np.count_nonzero(alive[start : start + n])) if start >= 0 else n
+        for n, start in zip(shape, starts, strict=True)
+    ]
+
+
+def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact] = ()) -> tuple[Plan, Alive]:
+    """The plan that removes ``units`` from a model of which the ``alive`` atoms are left, and what is left then.
+
+    Raises:
+        SurgeryError: a layer would lose its last position, or a size of the model's code cannot follow.
+    """
+    after = alive.copy()
+    after[coupling.atoms_of(units)] = False
+    removals = []
+    for held in coupling.trace.held:
+        for dim, (start, n) in enumerate(zip(held.starts, held.shape, strict=True)):
+            if start < 0:
+                continue
+            here = alive[start : start + n]
+            stays = after[start : start + n][here]
+            if stays.all():
+                continue
+            if not stays.any():
+                raise SurgeryError(f"{held.name} dim {dim} would lose its last position; remove fewer")
+            removals.append(Removal(held.name, dim, stays.size, tuple(np.flatnonzero(~stays).tolist())))
+    settings = _settings(coupling, after)
+    mirrors = _mirrors(coupling, facts)
+    plan = Plan(tuple(removals), settings, footprint(coupling, alive), footprint(coupling, after), mirrors)
+    return plan, after
+
+
+def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
+    """The attributes that change, from the sizes that the code asks for."""
+    requirements = coupling.trace.ledger.requirements
+    model = coupling.trace.model
+    solved: dict[Attribute, Fraction] = {}
+
+    def known(leaf: Attribute | Extent) -> Fraction | None:
+        return Fraction(surviving(alive, leaf.ids)) if isinstance(leaf, Extent) else solved.get(leaf)
+
+    def settled(leaf: Attribute | Extent) -> Fraction:
+        value = known(leaf)
+        return Fraction(read_attribute(model, leaf)) if value is None and isinstance(leaf, Attribute) else value or Fraction(0)
+
+    expressions = [expression_of(r.asked) for r in requirements]
+    sizes = [surviving(alive, r.ids) for r in requirements]
+    order = sorted(range(len(requirements)), key=lambda k: not isinstance(expressions[k], Attribute))
+    progress = True
+    while progress:
+        progress = False
+        for k in order:
+            found = solve(expressions[k], Fraction(sizes[k]), known)
+            if found is not None:
+                solved[found[0]] = found[1]
+                progress = True
+    for requirement, expression, size in zip(requirements, expressions, sizes, strict=True):
+        value = evaluate(expression, settled)
+        if value != size:
+            raise SurgeryError(
+                f"{expression} would be {value} where the code needs {size} "
+                f"({requirement.place or 'step ' + str(requirement.step)}); the plan was not made"
+            )
+    changed = ((a, v) for a, v in solved.items() if v != read_attribute(model, a))
+    return tuple(Setting(a.path, a.name, a.index, int(v)) for a, v in changed)
+
+
+def _mirrors(coupling: Coupling, facts: Sequence[Fact]) -> tuple[Mirror, ...]:
+    paths: Mapping[int, str] = {id(m): path for path, m in coupling.trace.model.named_modules()}
+    found = []
+    for fact in facts:
+        if id(fact.module) not in paths:
+            raise InputError(f"the fact about {fact.attribute!r} names a module that is not in the model")
+        path = paths[id(fact.module)]
+        tensor = f"{path}.{fact.parameter}" if path else fact.parameter
+        found.append(Mirror(path, fact.attribute, tensor, fact.dim, fact.divide))
+    return tuple(found)
+
+
+__all__ = [
+    "Alive",
+    "Footprint",
+    "Mirror",
+    "Plan",
+    "Removal",
+    "Setting",
+    "everything_alive",
+    "footprint",
+    "make_plan",
+]

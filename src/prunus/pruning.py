@@ -1,0 +1,124 @@
+"""The one verb: trace, score, choose, cut, report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from prunus.errors import InputError, NothingToPruneError
+from prunus.graph import DependencyGraph
+from prunus.importance import MagnitudeImportance
+from prunus.plan import Alive, Footprint, Plan
+from prunus.pruner import Criterion, score_with
+from prunus.report import frozen_text, layer_table, render
+from prunus.selection import Policy, Target, choose_for_target, default_families, rank, score_units
+from prunus.sizes import Fact
+from prunus.surgery import Receipt
+from prunus.tracing import ForwardFn, Inputs
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """What :func:`prune` did: ``print`` it for a table per layer, ``undo()`` it, save its ``plan``."""
+
+    plan: Plan
+    receipt: Receipt
+    graph: DependencyGraph
+    _alive: tuple[Alive, Alive]
+
+    @property
+    def before(self) -> Footprint:
+        """The dense model's cost."""
+        return self.plan.before
+
+    @property
+    def after(self) -> Footprint:
+        """The pruned model's cost."""
+        return self.plan.after
+
+    def undo(self) -> None:
+        """Put the model back as it was, bit for bit."""
+        self.receipt.undo()
+
+    def frozen(self) -> str:
+        """What had to stay, and why."""
+        return frozen_text(self.graph.coupling)
+
+    def __str__(self) -> str:
+        before, after = self.before, self.after
+        table = layer_table(self.graph.coupling, *self._alive, before, after)
+        macs, params = after.macs / max(before.macs, 1), after.params / max(before.params, 1)
+        return f"{render(table)}\n{macs:.1%} of the MACs and {params:.1%} of the parameters are left."
+
+
+def prune(
+    model: nn.Module,
+    example_inputs: Inputs,
+    target: Target | None = None,
+    *,
+    ignored_layers: Sequence[Any] = (),
+    importance: Criterion | None = None,
+    round_to: int | None = None,
+    max_pruning_ratio: float = 1.0,
+    global_pruning: bool = False,
+    forward_fn: ForwardFn | None = None,
+    output_transform: Callable[[Any], Any] | None = None,
+    facts: Sequence[Fact] = (),
+    optimizer: Any = None,
+) -> PruneResult:
+    """Cut ``model`` in place to a target: the least important channels, head dims and neurons go.
+
+    Args:
+        model: any module on any device; it need not require gradients.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        target: what must hold afterwards; default half of the MACs.
+        ignored_layers: modules whose output widths must stay.
+        importance: a criterion, default :class:`~prunus.importance.MagnitudeImportance`.
+        round_to: widths that stay are multiples of it, where a group allows it.
+        max_pruning_ratio: the largest share of any group.
+        global_pruning: rank all groups together instead of taking the same share of each.
+        forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
+        output_transform: picks from the output what must keep its sizes (default: every tensor in it).
+        facts: attributes that equal a width by construction and that no traced op reads.
+        optimizer: an optimiser whose state is cut too.
+
+    Raises:
+        InputError: an argument cannot be used; nothing was changed.
+        TargetError: the target cannot be met; nothing was changed.
+        NothingToPruneError: nothing may be removed; nothing was changed.
+
+    Example:
+        >>> import torch, prunus
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> result = prunus.prune(model, torch.randn(1, 8), prunus.Target(macs=0.5))
+        >>> result.after.macs / result.before.macs
+        0.5
+    """
+    target = Target(macs=0.5) if target is None else target
+    if not isinstance(target, Target):
+        raise InputError(f"target={target!r}: pass a prunus.Target, such as Target(macs=0.5)")
+    if not 0 < max_pruning_ratio <= 1:
+        raise InputError(f"max_pruning_ratio={max_pruning_ratio!r}: must be above 0 and at most 1")
+    graph = DependencyGraph().build_dependency(
+        model, example_inputs, forward_fn, output_transform, ignored_layers=ignored_layers
+    )
+    graph.facts = tuple(facts)
+    families = default_families(graph.coupling)
+    if not families:
+        raise NothingToPruneError(f"nothing in this model may be removed:\n{frozen_text(graph.coupling)}")
+    scores = score_units(graph.coupling, families, score_with(graph, importance or MagnitudeImportance()))
+    living = graph.coupling.alive_units(graph.alive)
+    rankings = [rank(f, scores, living) for f in families]
+
+    def policy(share: float) -> Policy:
+        return Policy(lambda family: share, max_pruning_ratio, round_to, global_pruning)
+
+    units = choose_for_target(graph.coupling, graph.alive, rankings, target, policy)
+    if units.size == 0:
+        raise NothingToPruneError(f"{target} removes nothing: the groups are too small for it; ask for more")
+    before = graph.alive
+    receipt = graph._prune(units, optimizer=optimizer)
+    return PruneResult(receipt.plan, receipt, graph, (before, graph.alive))

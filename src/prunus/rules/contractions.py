@@ -1,0 +1,265 @@
+"""Contractions: the summed dim is tied, batch dims are tied like pointwise ones, the rest passes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunus.labels import Dims, Label, Labelled
+from prunus.rules.joins import take, without_context
+from prunus.rules.table import Op, rule
+
+aten = torch.ops.aten
+
+
+@rule(aten.linear)
+def linear(op: Op, x: Labelled, weight: Labelled, bias: Labelled | None = None) -> Dims:
+    """``... i, o i, o -> ... o``."""
+    if weight.ndim == 1:
+        return contract(op, [x, weight], [[*range(x.ndim)], [x.ndim - 1]], [*range(x.ndim - 1)])
+    last = x.ndim - 1
+    read = op.couple(x.dims[last], weight.dims[1]) if x.shape[last] > 1 else None
+    made = weight.dims[0]
+    if bias is not None and made is not None:
+        made = op.couple(made, bias.dims[0])
+    op.reads(weight.dims[1])
+    op.hands_on(weight.dims[0])
+    batch = [(n, d) for n, d in zip(x.shape[:last], x.dims, strict=False)]
+    op.count(*batch, (x.shape[last], read), (weight.shape[0], made))
+    return (*without_context(op, x, last)[:last], made)
+
+
+def contract(op: Op, operands: Sequence[Labelled], letters: Sequence[Sequence[int]], out: Sequence[int]) -> Dims:
+    """An einsum: dim ``d`` of ``operands[k]`` is called ``letters[k][d]``; the output's dims are called ``out``."""
+    found: dict[int, Label | None] = {}
+    size: dict[int, int] = {}
+    for operand, names in zip(operands, letters, strict=True):
+        for name, n, label in zip(names, operand.shape, operand.dims, strict=True):
+            if n == 1:
+                size.setdefault(name, 1)
+                continue
+            label = label.rename(names) if label is not None else None
+            found[name] = op.couple(found[name], label) if name in found else label
+            size[name] = n
+    for name, label in found.items():
+        (op.hands_on if name in out else op.reads)(label)
+    op.count(*[(n, found.get(name)) for name, n in size.items()])
+    summed = [name for name in size if name not in out]
+    where = {name: k for k, name in enumerate(out)}
+    return tuple(_passing(op, found.get(name), summed, where) for name in out)
+
+
+def _passing(op: Op, label: Label | None, summed: Sequence[int], where: dict[int, int]) -> Label | None:
+    """A label of the output; rows that depend on a summed dim are tied."""
+    if label is None:
+        return None
+    for name in summed:
+        if name in label.context:
+            axis = label.context.index(name)
+            first = label.ids.take([0], axis=axis)
+            op.ledger.tie(np.broadcast_to(first, label.ids.shape), label.ids)
+            label = Label(first.squeeze(axis), tuple(c for c in label.context if c != name))
+    return label.rename(where)
+
+
+def _plus(op: Op, bias: Labelled, dims: Dims) -> Dims:
+    """``dims`` after adding a tensor that broadcasts to them."""
+    offset = len(dims) - bias.ndim
+    out = list(dims)
+    for d, n in enumerate(bias.shape):
+        if n > 1:
+            label = bias.dims[d]
+            label = label.rename(range(offset, len(dims))) if label is not None else None
+            out[d + offset] = op.couple(out[d + offset], label) if out[d + offset] or label else None
+    return tuple(out)
+
+
+@rule(aten.mm, aten.bmm, aten.matmul, aten.mv, aten.dot, aten.vdot, aten.linalg_matmul)
+def matmul(op: Op, a: Labelled, b: Labelled, *args: Any) -> Dims:
+    """``... i k, ... k j -> ... i j``, with vectors as PyTorch reads them."""
+    batch = max(a.ndim, b.ndim, 2) - 2
+    i, k, j = batch, batch + 1, batch + 2
+    left = [k] if a.ndim == 1 else [*range(batch - a.ndim + 2, batch), i, k]
+    right = [k] if b.ndim == 1 else [*range(batch - b.ndim + 2, batch), k, j]
+    out = [*range(batch), *([i] if a.ndim > 1 else []), *([j] if b.ndim > 1 else [])]
+    return contract(op, [a, b], [left, right], out)
+
+
+@rule(aten.addmm, aten.baddbmm, aten.addbmm, aten.addmv)
+def addmm(op: Op, bias: Labelled, a: Labelled, b: Labelled, **kwargs: Any) -> Dims:
+    """A matrix product plus a tensor that broadcasts."""
+    if op.name == "addbmm":
+        return _plus(op, bias, contract(op, [a, b], [[0, 1, 2], [0, 2, 3]], [1, 3]))
+    return _plus(op, bias, matmul(op, a, b))
+
+
+@rule(aten.einsum)
+def einsum(op: Op, equation: str, operands: Sequence[Labelled], **kwargs: Any) -> Dims:
+    """Any pattern without a repeated letter inside one operand."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    dots = max((t.ndim - len(s.replace("...", "")) for s, t in zip(terms, operands, strict=True) if "..." in s), default=0)
+    names = [_letters(s, t.ndim, dots) for s, t in zip(terms, operands, strict=True)]
+    flat = [n for term in names for n in term]
+    if any(len(set(term)) < len(term) for term in names):
+        op.freeze([d for t in operands for d in t.dims], "einsum takes a diagonal of it")
+        return (None,) * len(op.shape)
+    if arrow:
+        out = _letters(right, len(op.shape), dots)
+    else:
+        out = [*range(-dots, 0), *sorted(n for n in set(flat) if n >= 0 and flat.count(n) == 1)]
+    return contract(op, operands, names, out)
+
+
+def _letters(term: str, ndim: int, dots: int) -> list[int]:
+    """Letters as code points; the dims of an ellipsis as -dots ... -1."""
+    if "..." not in term:
+        return [ord(c) for c in term]
+    before, after = term.split("...")
+    own = ndim - len(before) - len(after)
+    return [*map(ord, before), *range(-own, 0), *map(ord, after)]
+
+
+@rule(
+    aten.scaled_dot_product_attention,
+    aten._scaled_dot_product_flash_attention_for_cpu,
+    aten._scaled_dot_product_flash_attention,
+    aten._scaled_dot_product_efficient_attention,
+    aten._scaled_dot_product_attention_math,
+)
+def attention(op: Op, q: Labelled, k: Labelled, v: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
+    """``... l e, ... s e, ... s f -> ... l f``: head dims of q and k are tied, heads of all three too."""
+    batch = q.ndim - 2
+    for t in (q, k, v):
+        op.freeze(t.dims[-2:-1], "attention normalises over it")
+    k, v = (_repeated(t, q) for t in (k, v))
+    for t in op.inputs[3:]:
+        op.freeze(t.dims[-2:], "it masks attention")
+    lead = [*range(batch)]
+    scores = contract(op, [q, k], [[*lead, 100, 102], [*lead, 101, 102]], [*lead, 100, 101])
+    if kwargs.get("scale") is None:
+        op.averages(q.dims[-1])
+    weights = Labelled((*np.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2]), scores)
+    for mask in op.inputs[3:]:
+        weights = Labelled(weights.shape, _plus(op, mask, weights.dims))
+    out = contract(op, [weights, v], [[*lead, 100, 101], [*lead, 101, 103]], [*lead, 100, 103])
+    if len(op.shapes) == 1:
+        return out
+    return [out, *[None] * (len(op.shapes) - 1)]
+
+
+def _repeated(t: Labelled, q: Labelled) -> Labelled:
+    """Keys or values of fewer heads than queries: each head serves a run of query heads."""
+    if t.ndim < 3 or t.shape[-3] == q.shape[-3] or t.shape[-3] == 1:
+        return t
+    times = q.shape[-3] // t.shape[-3]
+    dim = t.ndim - 3
+    dims = take(t, dim, np.repeat(np.arange(t.shape[dim]), times))
+    return Labelled((*t.shape[:dim], q.shape[-3], *t.shape[dim + 1 :]), dims)
+
+
+@rule(aten.conv1d, aten.conv2d, aten.conv3d)
+def conv(
+    op: Op, x: Labelled, weight: Labelled, bias: Labelled | None = None, stride: Any = 1, padding: Any = 0,
+    dilation: Any = 1, groups: int = 1,
+) -> Dims:  # fmt: skip
+    """A convolution; with groups, a contraction for each group."""
+    return convolution(op, x, weight, bias, stride, padding, dilation, False, 0, groups)
+
+
+@rule(aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d)
+def conv_transpose(
+    op: Op, x: Labelled, weight: Labelled, bias: Labelled | None = None, stride: Any = 1, padding: Any = 0,
+    output_padding: Any = 0, groups: int = 1, dilation: Any = 1,
+) -> Dims:  # fmt: skip
+    """A transposed convolution: the weight's first dim is read, its second is made."""
+    return convolution(op, x, weight, bias, stride, padding, dilation, True, output_padding, groups)
+
+
+@rule(aten.convolution, aten._convolution)
+def convolution(
+    op: Op, x: Labelled, weight: Labelled, bias: Labelled | None, stride: Any, padding: Any, dilation: Any,
+    transposed: bool, output_padding: Any, groups: int, *args: Any,
+) -> Dims:  # fmt: skip
+    """Every convolution."""
+    channel = x.ndim - weight.ndim + 1
+    op.freeze(weight.dims[2:], "it is a kernel size")
+    op.freeze(x.dims[channel + 1 :], f"{op.name} slides over it")
+    x = Labelled(x.shape, without_context(op, x, channel)) if x.dims[channel] is None else x
+    into, made = (weight.dims[0], weight.dims[1]) if transposed else (weight.dims[1], weight.dims[0])
+    op.reads(into)
+    op.hands_on(made)
+    if groups == 1:
+        read = op.couple(x.dims[channel], into) if x.shape[channel] > 1 else None
+        counted = made = op.couple(made, bias.dims[0]) if bias is not None and made is not None else made
+    elif transposed:
+        read, counted, made = _grouped_transposed(op, x.dims[channel], weight, bias, groups)
+    else:
+        read, made = _grouped(op, x.dims[channel], weight, bias, groups)
+        counted = made
+    spatial = (x if transposed else op).shape[channel + 1 :]
+    sizes = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
+    op.count(prod(x.shape[:channel]) * prod(weight.shape[2:]) * prod(spatial), (sizes[0], read), (sizes[1], counted))
+    return (*x.dims[:channel], made, *[None] * (x.ndim - channel - 1))
+
+
+def _grouped(
+    op: Op, x: Label | None, weight: Labelled, bias: Labelled | None, groups: int
+) -> tuple[Label | None, Label | None]:
+    """What is read inside a group, and the output channels."""
+    into, made = weight.dims[1], weight.dims[0]
+    made = op.couple(made, bias.dims[0]) if bias is not None and made is not None else made
+    if made is None:
+        return into, made
+    if x is None or x.context:
+        op.freeze([into, x], f"the input of {op.name} has a fixed size or depends on other dimensions")
+        op.ledger.balance(made.ids.reshape(groups, -1), "groups of a convolution are equally wide")
+        op.ledger.freeze(op.ledger.rows(made.ids.reshape(groups, -1)), "its input channels are fixed")
+        return into, made
+    ins, outs = x.ids.reshape(groups, -1), made.ids.reshape(groups, -1)
+    if into is None:  # depthwise
+        if outs.shape[1] == 1:
+            op.ledger.couple(x, made)
+        else:
+            op.ledger.belong(x.ids, outs)
+            op.ledger.balance(outs, "a depthwise convolution makes equally many channels from each input channel")
+        op.require_sizes([groups], [x])
+        return None, made
+    op.ledger.tie(np.broadcast_to(into.ids, ins.shape), ins)
+    coarse = op.ledger.rows(ins)
+    op.ledger.belong(coarse, outs)
+    op.ledger.balance(outs, "groups of a convolution are equally wide")
+    op.require_sizes([groups], [Label(coarse)])
+    return into, made
+
+
+def _grouped_transposed(
+    op: Op, x: Label | None, weight: Labelled, bias: Labelled | None, groups: int
+) -> tuple[Label | None, Label | None, Label | None]:
+    """Input channels, what one group makes, and the output channels."""
+    read = op.couple(x, weight.dims[0])
+    made = weight.dims[1]
+    width = groups * weight.shape[1]
+    out = bias.dims[0] if bias is not None else None
+    out = out if out is not None else Label(op.ledger.fresh(width))
+    outs = out.ids.reshape(groups, -1)
+    if read is None or read.context:
+        op.freeze([read, made, out], f"the input of {op.name} has a fixed size")
+        return read, made, out
+    ins = read.ids.reshape(groups, -1)
+    if made is not None:
+        op.ledger.tie(np.broadcast_to(made.ids, outs.shape), outs)
+    if ins.shape[1] == 1 and outs.shape[1] == 1:
+        op.ledger.tie(ins.reshape(-1), outs.reshape(-1))
+        op.require_sizes([groups], [read])
+        return None, None, out
+    coarse = op.ledger.rows(ins) if ins.shape[1] > 1 else ins.reshape(-1)
+    op.ledger.belong(coarse, outs)
+    op.ledger.balance(ins, "groups of a convolution are equally wide")
+    op.ledger.balance(outs, "groups of a convolution are equally wide")
+    op.require_sizes([groups], [Label(coarse)])
+    return read, made, out

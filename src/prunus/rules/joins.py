@@ -1,0 +1,276 @@
+"""Joins and cuts: concatenation, stacking, splitting, slicing, selecting, repeating, padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunus.labels import Dims, Ids, Label, Labelled, settle
+from prunus.rules.table import Op, rule
+from prunus.rules.views import move, sized
+
+aten = torch.ops.aten
+
+
+def take(x: Labelled, dim: int, index: slice | Ids) -> Dims:
+    """The labels of ``x`` with positions ``index`` of ``dim`` only."""
+
+    def cut(d: int, label: Label | None) -> Label | None:
+        if label is None:
+            return None
+        if d == dim:
+            return Label(label.ids[..., index], label.context)
+        if dim in label.context:
+            axis = label.context.index(dim)
+            return settle(Label(label.ids[(slice(None),) * axis + (index,)], label.context))
+        return label
+
+    return tuple(cut(d, label) for d, label in enumerate(x.dims))
+
+
+def select_one(x: Labelled, dim: int, position: int) -> Dims:
+    """The labels of ``x`` at one position of ``dim``, which is dropped."""
+    kept = Labelled(x.shape, take(x, dim, slice(position, position + 1)))
+    dims = tuple(
+        Label(d.ids.take(0, axis=d.context.index(dim)), tuple(c for c in d.context if c != dim))
+        if d is not None and dim in d.context
+        else d
+        for d in kept.dims
+    )
+    return move(Labelled(x.shape, dims), [d for d in range(x.ndim) if d != dim])
+
+
+@rule(aten.select)
+def select(op: Op, x: Labelled, dim: int, index: int) -> Dims:
+    """One position of a dim, read by its number: the dim's positions may not move."""
+    dim %= x.ndim
+    op.freeze([x.dims[dim]], f"{op.name} reads it by position")
+    return select_one(x, dim, index % x.shape[dim])
+
+
+@rule(aten.unbind)
+def unbind(op: Op, x: Labelled, dim: int = 0) -> list[Dims | None]:
+    """Every position of a dim by itself: their number may not change."""
+    dim %= x.ndim
+    op.freeze([x.dims[dim]], f"{op.name} unpacks it into a fixed number of parts")
+    return [select_one(x, dim, k) for k in range(x.shape[dim])]
+
+
+@rule(aten.slice, aten.narrow)
+def slice_(op: Op, x: Labelled, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Dims:
+    """A stretch of a dim; the bounds must move with the dim."""
+    dim %= x.ndim
+    size = x.shape[dim]
+    if op.name == "narrow":
+        start, end = start or 0, (start or 0) + (end or 0)
+    first, last, step = slice(start, end, step).indices(size)
+    label = x.dims[dim]
+    if label is None or (first == 0 and last >= size and step == 1):
+        return take(x, dim, slice(first, last, step)) if x.labelled else x.dims
+    bounds = op.call.bounds(first, last, size) if step == 1 else None
+    if bounds is None:
+        op.freeze([label], f"{op.name} cuts it at fixed positions")
+    else:
+        _require_bounds(op, label, first, last, bounds)
+    return take(x, dim, slice(first, last, step))
+
+
+def _require_bounds(op: Op, label: Label, first: int, last: int, bounds: tuple[Any, Any]) -> None:
+    """The numbers of positions before and after each bound that the code wrote."""
+    ids, size = label.ids, label.size
+    for position, bound in ((first, bounds[0]), (last, bounds[1])):
+        if bound is None:
+            continue
+        if bound < 0:
+            op.require(-bound, ids[..., position:])
+        elif 0 < position < size or (bound == size and position == size):
+            op.require(bound, ids[..., :position])
+
+
+@rule(aten.split, aten.split_with_sizes, aten.tensor_split, aten.unsafe_split, aten.unsafe_split_with_sizes)
+def split(op: Op, x: Labelled, sizes: int | Sequence[int], dim: int = 0) -> list[Dims | None]:
+    """Parts of sizes that the code names."""
+    dim %= x.ndim
+    ends = np.cumsum([s[dim] for s in op.shapes])
+    parts = [slice(int(e) - s[dim], int(e)) for e, s in zip(ends, op.shapes, strict=True)]
+    label = x.dims[dim]
+    if label is not None and len(parts) > 1:
+        _require_parts(op, label, parts, sizes)
+    return [take(x, dim, part) for part in parts]
+
+
+def _require_parts(op: Op, label: Label, parts: list[slice], sizes: int | Sequence[int]) -> None:
+    single = isinstance(sizes, int)
+    asked = op.call.sizes([sizes] if isinstance(sizes, int) else list(sizes))
+    equal = len({p.stop - p.start for p in parts}) == 1
+    if op.name == "tensor_split" or asked is None or (single and not equal):
+        if equal:
+            _balance_parts(op, label, len(parts))
+        else:
+            op.freeze([label], f"{op.name} cuts it into unequal parts at fixed positions")
+        return
+    for part, wanted in zip(parts, [asked[0]] * len(parts) if single else asked, strict=True):
+        if part.stop > part.start:
+            op.require(wanted, label.ids[..., part])
+
+
+def _balance_parts(op: Op, label: Label, count: int) -> None:
+    op.ledger.balance(label.ids.reshape(*label.ids.shape[:-1], count, -1), f"{op.name} cuts it into equal parts")
+
+
+@rule(aten.chunk, aten.unsafe_chunk)
+def chunk(op: Op, x: Labelled, chunks: int, dim: int = 0) -> list[Dims | None]:
+    """Equal parts, whatever the size: they must stay equal."""
+    dim %= x.ndim
+    label = x.dims[dim]
+    sizes = [s[dim] for s in op.shapes]
+    if label is not None and len(sizes) > 1:
+        if len(set(sizes)) == 1:
+            _balance_parts(op, label, len(sizes))
+        else:
+            op.freeze([label], f"{op.name} cuts it into unequal parts")
+    ends = np.cumsum(sizes)
+    return [take(x, dim, slice(int(e) - n, int(e))) for e, n in zip(ends, sizes, strict=True)]
+
+
+@rule(aten.cat, aten.concat, aten.concatenate)
+def cat(op: Op, tensors: Sequence[Labelled], dim: int = 0) -> Dims:
+    """Ids are concatenated along the dim; the other dims are tied."""
+    parts = [t for t in tensors if t.shape != (0,)]
+    dim %= len(op.shape)
+    out: list[Label | None] = []
+    for d in range(len(op.shape)):
+        if op.shape[d] == 1 or not any(t.dims[d] is not None for t in parts):
+            out.append(None)
+        elif d == dim:
+            out.append(_concatenated(op, parts, dim))
+        else:
+            out.append(_tied(op, parts, d, dim))
+    return tuple(out)
+
+
+def _tied(op: Op, parts: Sequence[Labelled], d: int, dim: int) -> Label | None:
+    """One dim of all parts, none of which may depend on ``dim``."""
+    merged = [without_context(op, t, dim)[d] for t in parts]
+    label = merged[0]
+    for other in merged[1:]:
+        label = op.couple(label, other, f"{op.name} joins it with a tensor whose size is fixed")
+    return label
+
+
+def without_context(op: Op, x: Labelled, dim: int) -> Dims:
+    """The labels of ``x`` after tying, over ``dim``, those that depend on it."""
+
+    def merge(label: Label | None) -> Label | None:
+        if label is None or dim not in label.context:
+            return label
+        axis = label.context.index(dim)
+        first = label.ids.take([0], axis=axis)
+        op.ledger.tie(np.broadcast_to(first, label.ids.shape), label.ids)
+        return Label(first.squeeze(axis), tuple(c for c in label.context if c != dim))
+
+    return tuple(merge(label) for label in x.dims)
+
+
+def _concatenated(op: Op, parts: Sequence[Labelled], dim: int) -> Label:
+    labels = [t.dims[dim] or _stays(op, t.shape[dim]) for t in parts]
+    context = tuple(dict.fromkeys(c for label in labels for c in label.context))
+    if not context:
+        return Label(np.concatenate([label.ids for label in labels]))
+    sizes = [max(t.shape[c] for t in parts) for c in context]
+    wide = [np.broadcast_to(label.over(context), (*sizes, label.size)) for label in labels]
+    return Label(np.concatenate(wide, axis=-1), context)
+
+
+def _stays(op: Op, size: int) -> Label:
+    ids = op.ledger.fresh(size)
+    op.ledger.freeze(ids, f"{op.name} takes it from a tensor of fixed size")
+    return Label(ids)
+
+
+@rule(aten.stack)
+def stack(op: Op, tensors: Sequence[Labelled], dim: int = 0) -> Dims:
+    """A new dim; where the parts' labels differ they depend on it, and their counts must stay equal."""
+    dim %= len(op.shape)
+    order: list[int | None] = list(range(tensors[0].ndim))
+    order.insert(dim, None)
+    parts = [move(t, order) for t in tensors]
+    return tuple(_stacked(op, [p[d] for p in parts], d, dim) for d in range(len(op.shape)))
+
+
+def _stacked(op: Op, labels: list[Label | None], d: int, dim: int) -> Label | None:
+    known = [label for label in labels if label is not None]
+    if not known:
+        return None
+    if len(known) < len(labels):
+        op.freeze(known, f"{op.name} joins it with a tensor whose size is fixed")
+        return known[0]
+    if all(label.ids is known[0].ids for label in known):
+        return known[0]
+    context = tuple(dict.fromkeys(c for label in known for c in label.context))
+    wide = np.stack(np.broadcast_arrays(*[label.over(context) for label in known]))
+    op.ledger.balance(wide, f"{op.name} needs parts of one size")
+    return settle(Label(wide, (dim, *context)))
+
+
+@rule(aten.flip)
+def flip(op: Op, x: Labelled, dims: Sequence[int]) -> Dims:
+    """Positions in reverse order."""
+    for d in dims:
+        x = Labelled(x.shape, take(x, d % x.ndim, slice(None, None, -1)))
+    return x.dims
+
+
+@rule(aten.roll)
+def roll(op: Op, x: Labelled, shifts: Sequence[int], dims: Sequence[int] = ()) -> Dims:
+    """Passes along dims without label; a labelled dim that is rolled has to stay."""
+    for d in dims or range(x.ndim):
+        op.freeze([x.dims[d]], f"{op.name} shifts it by a fixed number of positions")
+        x = Labelled(x.shape, without_context(op, x, d % x.ndim))
+    return x.dims
+
+
+@rule(aten.constant_pad_nd, aten.pad, aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
+      aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d)
+def pad(op: Op, x: Labelled, padding: Sequence[int], *args: Any, **kwargs: Any) -> Dims:
+    """Passes along the dims that are not padded; a padded labelled dim has to stay."""
+    for k in range(len(padding) // 2):
+        d = x.ndim - 1 - k
+        if padding[2 * k] or padding[2 * k + 1]:
+            op.freeze([x.dims[d]], f"{op.name} adds a fixed number of positions to it")
+            kept = without_context(op, x, d)
+            x = Labelled(x.shape, (*kept[:d], None, *kept[d + 1 :]))
+    return x.dims
+
+
+@rule(aten.repeat, aten.tile)
+def repeat(op: Op, x: Labelled, repeats: Sequence[int]) -> Dims:
+    """The tensor tiled: the ids are tiled with it; a dim of size 1 repeated a derived number of times gets atoms."""
+    ndim = len(op.shape)
+    times = (1,) * (ndim - len(repeats)) + tuple(repeats)
+    offset = ndim - x.ndim
+    dims = list(move(x, [None] * offset + list(range(x.ndim))))
+    before = (1,) * offset + x.shape
+    for d in range(ndim):
+        if times[d] > 1:
+            index = np.tile(np.arange(before[d]), times[d])
+            dims = list(take(Labelled(before, tuple(dims)), d, index))
+    grown = [d for d in range(ndim) if before[d] == 1 and times[d] > 1]
+    if not grown or len(repeats) != ndim:
+        return tuple(dims)
+    return sized(op, [n if d in grown else -1 for d, n in enumerate(times)], dims, grown) if x.labelled else tuple(dims)
+
+
+@rule(aten.repeat_interleave.self_int)
+def repeat_interleave(
+    op: Op, x: Labelled, repeats: int, dim: int | None = None, *, output_size: int | None = None
+) -> Dims:
+    """Each position several times in a row."""
+    if dim is None:
+        op.freeze(x.dims, f"{op.name} flattens it")
+        return (None,)
+    dim %= x.ndim
+    return take(x, dim, np.repeat(np.arange(x.shape[dim]), repeats))

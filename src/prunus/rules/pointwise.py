@@ -1,0 +1,102 @@
+"""Pointwise ops and broadcasting: dims that line up are tied."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from prunus.labels import Dims, Label, Labelled
+from prunus.rules.table import Op, rule
+
+aten = torch.ops.aten
+
+
+@rule(
+    aten.clone,
+    aten.alias,
+    aten.detach,
+    aten.contiguous,
+    aten.to,
+    aten._to_copy,
+    aten.lift_fresh,
+    aten.lift_fresh_copy,
+    aten.type_as,
+    aten.dropout,
+    aten.dropout_,
+    aten.native_dropout,
+    aten.feature_dropout,
+    aten.alpha_dropout,
+    aten.feature_alpha_dropout,
+    aten.copy_,
+    aten.fill_,
+    aten.zero_,
+    aten.bernoulli,
+    aten.bernoulli_,
+    aten.normal_,
+    aten.uniform_,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.empty_like,
+    aten.rand_like,
+    aten.randn_like,
+    aten.hardswish,
+    aten.hardsigmoid,
+    aten.hardtanh,
+    aten.relu6,
+    aten.prelu,
+    aten._prelu_kernel,
+    aten.rrelu,
+    aten.rrelu_with_noise,
+    aten.rsub,
+    aten.masked_fill,
+    aten.fake_quantize_per_tensor_affine,
+)
+def pointwise(op: Op, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
+    """Every dim of the output stems from the same dim of each input that is not broadcast along it."""
+    if op.name in ("prelu", "_prelu_kernel") and op.inputs[1].ndim == 1 and op.inputs[0].ndim > 1:
+        return _prelu(op, *op.inputs)
+    dims = [combine(op, op.inputs, shape) for shape in op.shapes]
+    return dims[0] if len(dims) == 1 else list(dims)
+
+
+def _prelu(op: Op, x: Labelled, weight: Labelled) -> Dims:
+    if weight.shape[0] == 1:
+        return x.dims
+    channel = op.couple(x.dims[1], weight.dims[0])
+    return (x.dims[0], channel, *x.dims[2:])
+
+
+def combine(op: Op, tensors: list[Labelled], shape: tuple[int, ...]) -> Dims:
+    """The labels of the broadcast of ``tensors``, after tying what lines up."""
+    if len(tensors) == 1 and tensors[0].shape == shape:
+        return tensors[0].dims
+    aligned = [_shifted(t, len(shape)) for t in tensors if t.shape]
+    return tuple(_combine_dim(op, size, [(t, d + len(t.shape) - len(shape)) for t in aligned]) if size > 1 else None
+                 for d, size in enumerate(shape))
+
+
+def _shifted(tensor: Labelled, ndim: int) -> Labelled:
+    """The tensor's labels with their contexts counted in the output's dims."""
+    offset = ndim - tensor.ndim
+    if offset == 0 or not tensor.labelled:
+        return tensor
+    where = range(offset, ndim)
+    return Labelled(tensor.shape, tuple(d.rename(where) if d is not None else None for d in tensor.dims))
+
+
+def _combine_dim(op: Op, size: int, parts: list[tuple[Labelled, int]]) -> Label | None:
+    found: Label | None = None
+    blank = False
+    for tensor, dim in parts:
+        if dim < 0 or tensor.shape[dim] != size:
+            continue
+        label = tensor.dims[dim]
+        if label is None:
+            blank = True
+        else:
+            found = label if found is None else op.couple(found, label)
+    if blank and found is not None:
+        op.ledger.freeze(found.ids, f"{op.name} combines it with a dimension of fixed size")
+    return found

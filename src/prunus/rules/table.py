@@ -1,0 +1,177 @@
+"""The rule table: what each ATen op does to labels.
+
+How to add an op
+----------------
+A rule is a function ``rule(op, *args, **kwargs)`` registered with ``@rule(aten.name)``. It receives the op's arguments
+as the model passed them, with every tensor replaced by a :class:`~prunus.labels.Labelled` (a shape and one label for
+each dim, never data), and an :class:`Op`, which knows the output shapes and takes what the rule has to say::
+
+    @rule(aten.glu)
+    def glu(op: Op, x: Labelled, dim: int = -1) -> Dims:
+        "The two halves of the dim are paired: position k lives with position k + n/2."
+
+It returns one tuple of labels for each output (a bare tuple if there is one output; ``None`` means that no dim of the
+output is labelled). A rule may only tie, freeze, pin, make rows, balance, imply, require a size and count multiply-adds.
+What it cannot say, it freezes with a reason. Ops that PyTorch tags as pointwise need no entry; a composite op without
+an entry is decomposed and traced again; any other op without an entry freezes what flows into it and is reported.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol, TypeAlias, TypeVar
+
+import torch
+from torch._ops import OpOverload, OpOverloadPacket
+
+from prunus.labels import Dims, Ids, Label, Labelled, Ledger
+
+Result: TypeAlias = "Dims | list[Dims | None] | None"
+Rule: TypeAlias = Callable[..., Result]
+F = TypeVar("F", bound=Rule)
+
+_TABLE: dict[OpOverload | OpOverloadPacket, Rule] = {}
+
+
+class Call(Protocol):
+    """The call in the model's Python code that led to an op: where the ints among its arguments came from."""
+
+    def sizes(self, values: Sequence[int]) -> Sequence[Any] | None:
+        """The ints that the code passed for ``values``, or None if no Python code named them."""
+
+    def bounds(self, start: int, end: int, size: int) -> tuple[Any, Any] | None:
+        """Start and end of the slice that the code wrote (None where left out), or None if it wrote none."""
+
+    def place(self) -> str:
+        """File and line of the code that is running."""
+
+
+class Op:
+    """One call of an ATen op, as a rule sees it."""
+
+    __slots__ = ("call", "inputs", "ledger", "name", "shapes")
+
+    def __init__(
+        self,
+        name: str,
+        ledger: Ledger,
+        inputs: list[Labelled],
+        shapes: list[tuple[int, ...]],
+        call: Call,
+    ) -> None:
+        self.name = name
+        self.ledger = ledger
+        self.inputs = inputs
+        self.shapes = shapes
+        self.call = call
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the (first) output."""
+        return self.shapes[0]
+
+    def freeze(self, labels: Iterable[Label | None], reason: str) -> None:
+        """Freeze every given label."""
+        for label in labels:
+            if label is not None:
+                self.ledger.freeze(label.ids, reason)
+
+    def couple(self, a: Label | None, b: Label | None, why: str = "") -> Label | None:
+        """Tie two labels of one dim and return the more detailed one; a label that meets none is frozen."""
+        if a is None or b is None:
+            known = a if b is None else b
+            if known is not None:
+                self.ledger.freeze(known.ids, why or f"{self.name} combines it with a dimension of fixed size")
+            return known
+        self.ledger.couple(a, b)
+        return a if len(a.context) >= len(b.context) else b
+
+    def require(self, asked: Any, ids: Ids) -> None:
+        """The code sizes a labelled dim, whose rows are ``ids``, by ``asked``."""
+        self.ledger.require(asked, ids, self.call.place() if type(asked) is int else "")
+
+    def require_sizes(self, sizes: Sequence[int], dims: Sequence[Label | None]) -> None:
+        """The op was called with ``sizes`` for ``dims``: require those that the model's code named itself."""
+        if not any(d is not None for d in dims):
+            return
+        asked = self.call.sizes(sizes)
+        for wanted, label in zip(asked or (), dims, strict=False):
+            if label is not None and wanted != -1:
+                self.require(wanted, label.ids)
+
+    def hands_on(self, label: Label | None) -> None:
+        """The dim of a weight is the op's output: its layer produces it."""
+        if label is not None:
+            self.ledger.passed.append(label.ids)
+
+    def reads(self, label: Label | None) -> None:
+        """The op sums over the dim."""
+        if label is not None:
+            self.ledger.contracted.append(label.ids)
+
+    def averages(self, label: Label | None) -> None:
+        """The op averages over the dim: removing a position is not the same as silencing it."""
+        if label is not None:
+            self.ledger.averaged.append(label.ids)
+
+    def count(self, *dims: tuple[int, Label | None] | int) -> None:
+        """Record multiply-adds: the product of sizes, given as ints or as (size, label)."""
+        factor, rows = 1, []
+        for item in dims:
+            size, label = (item, None) if isinstance(item, int) else item
+            if label is None:
+                factor *= size
+            else:
+                rows.append(label.ids)
+        self.ledger.count_macs(factor, rows)
+
+
+def rule(*ops: OpOverload | OpOverloadPacket) -> Callable[[F], F]:
+    """Register the decorated function as the rule of ``ops`` (an overload, or a packet for all its overloads).
+
+    Raises:
+        ValueError: if one of the ops has a rule already.
+
+    Example:
+        >>> import torch, prunus
+        >>> from prunus.rules import pointwise
+        >>> prunus.rules.lookup(torch.ops.aten.relu.default) is pointwise.pointwise
+        True
+    """
+
+    def register(function: F) -> F:
+        for op in ops:
+            if op in _TABLE:
+                raise ValueError(f"{op} has a rule already: {_TABLE[op].__module__}.{_TABLE[op].__name__}")
+        for op in ops:
+            _TABLE[op] = function
+        _lookup_cache.clear()
+        return function
+
+    return register
+
+
+_lookup_cache: dict[OpOverload, Rule | None] = {}
+
+
+def lookup(op: OpOverload) -> Rule | None:
+    """The rule of an op: its own, its packet's, the pointwise rule if PyTorch tags it so, or that of its base form."""
+    if op in _lookup_cache:
+        return _lookup_cache[op]
+    found = _TABLE.get(op) or _TABLE.get(op.overloadpacket)
+    if found is None and torch.Tag.pointwise in op.tags:
+        found = _TABLE[torch.ops.aten.clone]
+    if found is None and op.overloadpacket.__name__.endswith("_"):
+        found = _base_rule(op)
+    _lookup_cache[op] = found
+    return found
+
+
+def _base_rule(op: OpOverload) -> Rule | None:
+    """The rule of ``relu`` for ``relu_``."""
+    namespace = getattr(torch.ops, op.namespace)
+    packet = getattr(namespace, op.overloadpacket.__name__[:-1], None)
+    if packet is None:
+        return None
+    overload = getattr(packet, op._overloadname, None) or getattr(packet, packet.overloads()[0])
+    return lookup(overload)

@@ -1,0 +1,342 @@
+"""Sizes: where an integer came from.
+
+While a model is traced, the ints it keeps as attributes (also in tuples, lists and config objects) and the sizes it
+reads from labelled tensors are :class:`Size` objects: ints that remember an expression. Where such an int sizes a
+dimension (a view, a split, a slice), the expression tells what must happen when that dimension shrinks: nothing (it
+was read from a shape), an attribute must be set, or (a plain number in the code) the dimension must stay.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from prunus.labels import Ids, Labelled, Ledger, first_row
+
+SMALLEST = 2  # a size of 1 cannot be pruned, so it is never followed
+_HOUSEKEEPING = frozenset(
+    "kernel_size stride padding dilation output_padding _reversed_padding_repeated_twice num_layers padding_idx "
+    "output_size scale_factor start_dim end_dim dim training num_batches_tracked i f np".split()
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Attribute:
+    """An int that a module keeps: ``path`` (of the module), ``name`` (dotted through config objects), ``index``."""
+
+    path: str
+    name: str
+    index: int | None = None
+
+    def __str__(self) -> str:
+        spot = f"{self.path}.{self.name}" if self.path else self.name
+        return spot if self.index is None else f"{spot}[{self.index}]"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Extent:
+    """The number of surviving positions of a labelled dim (``ids``: its atoms, by rows)."""
+
+    ids: Ids
+
+    @property
+    def row(self) -> Ids:
+        """The atoms of one row."""
+        return first_row(self.ids)
+
+    def __str__(self) -> str:
+        return "a size of the tensor itself"
+
+
+@dataclass(frozen=True, slots=True)
+class Binary:
+    """``left operator right``."""
+
+    operator: str
+    left: Expression
+    right: Expression
+
+    def __str__(self) -> str:
+        return f"{self.left} {self.operator} {self.right}"
+
+
+Expression: TypeAlias = "Attribute | Extent | Binary | int"
+Lookup: TypeAlias = "Callable[[Attribute | Extent], Fraction | None]"
+
+
+def leaves(expression: Expression) -> Iterator[Attribute | Extent]:
+    """The attributes and extents that an expression mentions."""
+    if isinstance(expression, Binary):
+        yield from leaves(expression.left)
+        yield from leaves(expression.right)
+    elif not isinstance(expression, int):
+        yield expression
+
+
+def evaluate(expression: Expression, known: Lookup) -> Fraction | None:
+    """The exact value (``//`` divides exactly), or None if a leaf is unknown."""
+    if isinstance(expression, int):
+        return Fraction(int(expression))
+    if not isinstance(expression, Binary):
+        return known(expression)
+    left, right = evaluate(expression.left, known), evaluate(expression.right, known)
+    if left is None or right is None or (expression.operator == "//" and right == 0):
+        return None
+    return {"+": left + right, "-": left - right, "*": left * right}.get(expression.operator, left / (right or 1))
+
+
+def solve(expression: Expression, value: Fraction, known: Lookup) -> tuple[Attribute, Fraction] | None:
+    """The one unknown attribute that makes ``expression == value``, and its value."""
+    while isinstance(expression, Binary):
+        left, right = evaluate(expression.left, known), evaluate(expression.right, known)
+        if (left is None) == (right is None):
+            return None
+        operator = expression.operator
+        if right is not None:
+            if operator == "*" and right == 0:
+                return None
+            value = {"+": value - right, "-": value + right, "*": value / (right or 1)}.get(operator, value * right)
+            expression = expression.left
+        elif left is not None:
+            if operator in ("*", "//") and (left == 0 or value == 0):
+                return None
+            inverse = {"+": value - left, "-": left - value, "*": value / (left or 1)}
+            value = inverse[operator] if operator in inverse else left / value
+            expression = expression.right
+    if isinstance(expression, Attribute) and known(expression) is None:
+        return expression, value
+    return None
+
+
+class Size(int):
+    """An int that remembers where it came from; arithmetic keeps the expression.
+
+    Comparing an attribute with a size of a tensor, and finding them equal, is how modules check their inputs: it is
+    noted as a requirement, so that the attribute follows the tensor.
+    """
+
+    expression: Expression
+    ledger: Ledger
+
+    def __new__(cls, value: int, expression: Expression, ledger: Ledger) -> Size:
+        """An int of ``value`` that came from ``expression``."""
+        self = super().__new__(cls, value)
+        self.expression = expression
+        self.ledger = ledger
+        return self
+
+    def _with(self, operator: str, other: Any, value: Any, swapped: bool = False) -> Any:
+        if type(value) is not int or not isinstance(other, int) or isinstance(other, bool):
+            return value
+        mine, theirs = self.expression, other.expression if isinstance(other, Size) else int(other)
+        pair = (theirs, mine) if swapped else (mine, theirs)
+        return Size(value, Binary(operator, *pair), self.ledger)
+
+    def __add__(self, other: Any) -> Any:
+        return self._with("+", other, int.__add__(self, other))
+
+    def __radd__(self, other: Any) -> Any:
+        return self._with("+", other, int.__radd__(self, other), swapped=True)
+
+    def __sub__(self, other: Any) -> Any:
+        return self._with("-", other, int.__sub__(self, other))
+
+    def __rsub__(self, other: Any) -> Any:
+        return self._with("-", other, int.__rsub__(self, other), swapped=True)
+
+    def __mul__(self, other: Any) -> Any:
+        return self._with("*", other, int.__mul__(self, other))
+
+    def __rmul__(self, other: Any) -> Any:
+        return self._with("*", other, int.__rmul__(self, other), swapped=True)
+
+    def __floordiv__(self, other: Any) -> Any:
+        return self._with("//", other, int.__floordiv__(self, other))
+
+    def __rfloordiv__(self, other: Any) -> Any:
+        return self._with("//", other, int.__rfloordiv__(self, other), swapped=True)
+
+    def __neg__(self) -> Any:
+        return self._with("-", 0, int.__neg__(self), swapped=True)
+
+    def __eq__(self, other: object) -> bool:
+        same = int.__eq__(self, other)
+        if same is True and isinstance(other, Size):
+            for attribute, extent in ((self, other), (other, self)):
+                if isinstance(attribute.expression, Attribute) and isinstance(extent.expression, Extent):
+                    self.ledger.require(attribute, extent.expression.ids)
+        return same
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def __hash__(self) -> int:
+        return int.__hash__(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> int:
+        return int(self)
+
+    def __reduce__(self) -> tuple[type[int], tuple[int]]:
+        return int, (int(self),)
+
+
+def expression_of(asked: int) -> Expression:
+    """What an int that sizes a dim was computed from; a plain int is its own expression."""
+    return asked.expression if isinstance(asked, Size) else int(asked)
+
+
+def shape_of(labelled: Labelled, ledger: Ledger) -> torch.Size:
+    """A tensor's shape in which the sizes of labelled dims remember their dim."""
+    return torch.Size(
+        [n if d is None else Size(n, Extent(d.ids), ledger) for n, d in zip(labelled.shape, labelled.dims, strict=True)]
+    )
+
+
+def mark_attributes(model: nn.Module, ledger: Ledger) -> list[tuple[dict[str, Any], str, Any]]:
+    """Replace the ints that modules and their configs keep by :class:`Size` objects.
+
+    Returns:
+        What was replaced, as (dictionary, key, old value), for the caller to put back.
+    """
+    undo: list[tuple[dict[str, Any], str, Any]] = []
+    seen: set[int] = set()
+    for path, module in model.named_modules():
+        _mark(module.__dict__, path, "", ledger, undo)
+        for name in ("config", "cfg"):
+            config = module.__dict__.get(name)
+            fields = getattr(config, "__dict__", None)
+            if fields is not None and not isinstance(config, (nn.Module, type)) and id(config) not in seen:
+                seen.add(id(config))
+                _mark(fields, path, f"{name}.", ledger, undo)
+    return undo
+
+
+def _mark(
+    fields: dict[str, Any], path: str, prefix: str, ledger: Ledger, undo: list[tuple[dict[str, Any], str, Any]]
+) -> None:
+    changed: list[tuple[str, Any]] = []
+    for name, value in fields.items():
+        kind = type(value)
+        if kind is int:
+            if value >= SMALLEST and name not in _HOUSEKEEPING:
+                changed.append((name, Size(value, Attribute(path, prefix + name), ledger)))
+        elif (kind is tuple or kind is list) and value and name not in _HOUSEKEEPING:
+            marked = [
+                Size(v, Attribute(path, prefix + name, k), ledger) if type(v) is int and v >= SMALLEST else v
+                for k, v in enumerate(value)
+            ]
+            if any(type(v) is Size for v in marked):
+                changed.append((name, kind(marked)))
+    for name, marked_value in changed:
+        undo.append((fields, name, fields[name]))
+        fields[name] = marked_value
+
+
+def read_attribute(model: nn.Module, attribute: Attribute) -> int:
+    """The attribute's present value."""
+    holder, last = _holder(model, attribute)
+    value = getattr(holder, last)
+    return int(value if attribute.index is None else value[attribute.index])
+
+
+def _holder(model: nn.Module, attribute: Attribute) -> tuple[Any, str]:
+    holder: Any = model.get_submodule(attribute.path)
+    *through, last = attribute.name.split(".")
+    for name in through:
+        holder = getattr(holder, name)
+    return holder, last
+
+
+def attribute_home(model: nn.Module, attribute: Attribute) -> tuple[dict[str, Any], str]:
+    """The dictionary and the key under which the attribute (or the list that holds it) is stored."""
+    holder, last = _holder(model, attribute)
+    return holder.__dict__, last
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """An attribute that equals a width by construction: ``module.attribute == size of parameter's dim // divide``.
+
+    For attributes that no traced op reads (``out_channels``, or ``C2f.c``, which only the exporter uses).
+
+    Example:
+        >>> from torch import nn
+        >>> layer = nn.Linear(4, 8)
+        >>> Fact(layer, "out_features", "weight", 0).value()
+        8
+    """
+
+    module: nn.Module
+    attribute: str
+    parameter: str
+    dim: int
+    divide: int = 1
+
+    def value(self) -> int:
+        """What the attribute must be, from the parameter as it is."""
+        tensor: Any = self.module
+        for name in self.parameter.split("."):
+            tensor = getattr(tensor, name)
+        return int(tensor.shape[self.dim]) // self.divide
+
+
+class PythonCall:
+    """The call of a torch function in the model's code: finds the ints among its arguments."""
+
+    __slots__ = ("args", "func", "kwargs")
+
+    def __init__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self.func = func
+        self.args = args
+        self.kwargs = kwargs
+
+    def sizes(self, values: Sequence[int]) -> Sequence[Any] | None:
+        """The ints that the code passed for ``values`` (-1 matches any), or None."""
+        if len(values) == 1:
+            ints = [a for a in (*self.args, *self.kwargs.values()) if _is_int(a) and (a == values[0] or a == -1)]
+            ints.sort(key=lambda a: not isinstance(a, Size))
+            if ints:
+                return [ints[0]]
+        for found in self._sequences():
+            if len(found) == len(values) and all(a == v or a == -1 or v == -1 for a, v in zip(found, values, strict=True)):
+                return found
+        return None
+
+    def _sequences(self) -> Iterator[Sequence[Any]]:
+        for first in (0, 1, 2):
+            tail = self.args[first:]
+            if tail and all(_is_int(a) for a in tail):
+                yield tail
+        for a in (*self.args, *self.kwargs.values()):
+            if isinstance(a, (list, tuple)) and a and all(_is_int(v) for v in a):
+                yield a
+
+    def bounds(self, start: int, end: int, size: int) -> tuple[Any, Any] | None:
+        """Start and end of the slice ``start:end`` as the code wrote it."""
+        if getattr(self.func, "__name__", "") == "narrow":
+            first, length = (*self.args, *self.kwargs.values())[-2:]
+            return (first, first + length) if _is_int(first) and _is_int(length) else None
+        index = self.args[1] if len(self.args) > 1 else None
+        for part in index if isinstance(index, tuple) else (index,):
+            if isinstance(part, slice) and part.indices(size) == (start, end, 1):
+                return part.start, part.stop
+        return None
+
+    def place(self) -> str:
+        """File and line of the innermost code outside torch and this package."""
+        frame = sys._getframe(1)
+        torch_home, own_home = str(Path(torch.__file__).parent), str(Path(__file__).parent)
+        while frame.f_back is not None and frame.f_code.co_filename.startswith((torch_home, own_home)):
+            frame = frame.f_back
+        return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

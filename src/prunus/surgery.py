@@ -1,0 +1,320 @@
+"""Surgery: the only code that edits a model.
+
+*Prepare* computes every new tensor and attribute and checks them; nothing is changed yet. *Commit* swaps references
+one after another; should one of them fail all the same, those already made are taken back. The receipt can undo
+everything, bit for bit, because the old tensors were never written to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.utils import parametrize
+
+from prunus.errors import SurgeryError
+from prunus.plan import Mirror, Plan, Removal
+from prunus.sizes import attribute_home
+
+
+@dataclass(frozen=True)
+class Change:
+    """One reference that is swapped: ``do`` and ``undo`` cannot fail on their own."""
+
+    do: Callable[[], None]
+    undo: Callable[[], None]
+
+
+@dataclass
+class Receipt:
+    """What was changed; ``undo()`` puts every bit back."""
+
+    plan: Plan
+    changes: list[Change] = field(default_factory=list, repr=False)
+    on_undo: Callable[[], None] | None = field(default=None, repr=False)
+
+    def undo(self) -> None:
+        """Put the model (and the optimizer's state) back as it was before; a second call does nothing."""
+        while self.changes:
+            self.changes.pop().undo()
+        if self.on_undo is not None:
+            self.on_undo()
+            self.on_undo = None
+
+
+def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> Receipt:
+    """Cut ``model`` in place, all or nothing.
+
+    Parameters keep their identity: optimisers, tied layers and your own references still point at them. Gradients and
+    the state of ``optimizer`` (momenta of the parameters' shape) are cut too.
+
+    Args:
+        model: the model the plan was made for, or a copy of it.
+        plan: what to remove.
+        optimizer: an optimiser over the model's parameters.
+
+    Raises:
+        SurgeryError: the plan does not fit; the model is as it was.
+    """
+    receipt = Receipt(plan)
+    changes = _prepare(model, plan, optimizer)
+    try:
+        for change in changes:
+            change.do()
+            receipt.changes.append(change)
+        for change in _mirror_changes(model, plan):
+            change.do()
+            receipt.changes.append(change)
+    except BaseException as error:
+        receipt.undo()
+        if isinstance(error, Exception) and not isinstance(error, SurgeryError):
+            raise SurgeryError(f"the cut failed and was taken back: {type(error).__name__}: {error}") from error
+        raise
+    return receipt
+
+
+def _prepare(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> list[Change]:
+    """Every change, computed and checked, none made."""
+    by_tensor: dict[str, list[Removal]] = {}
+    for removal in plan.removals:
+        by_tensor.setdefault(removal.tensor, []).append(removal)
+    aliases = _aliases(model)
+    twins: dict[Any, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        twins.setdefault(_memory(parameter), []).append(parameter)
+    changes: list[Change] = []
+    for name, removals in by_tensor.items():
+        tensor = _tensor(model, name, removals)
+        cut = _cutter(removals)
+        with torch.no_grad():
+            new = cut(tensor)
+        for module, key in aliases[id(tensor)]:
+            changes.append(_swap_tensor(module, key, new))
+        for twin in twins.get(_memory(tensor), ()) if isinstance(tensor, nn.Parameter) else ():
+            changes += _swap_data(twin, new, cut)
+            if optimizer is not None:
+                changes += _swap_state(optimizer, twin, cut)
+    for setting in plan.settings:
+        home, key = attribute_home(model, setting.attribute)
+        if setting.index is None:
+            changes.append(_swap_key(home, key, setting.value))
+        elif isinstance(home.get(key), (list, tuple)):
+            changes.append(_swap_item(home, key, setting.index, setting.value))
+        else:
+            raise SurgeryError(f"{setting.attribute} is no list or tuple in this model")
+    return changes
+
+
+def _aliases(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
+    """Every place (module, name) of every tensor that the model keeps, by the tensor's identity."""
+    found: dict[int, list[tuple[nn.Module, str]]] = {}
+    for module in model.modules():
+        for fields in (module._parameters, module._buffers, module.__dict__):
+            for key, tensor in fields.items():
+                if isinstance(tensor, torch.Tensor):
+                    found.setdefault(id(tensor), []).append((module, key))
+    return found
+
+
+def _memory(tensor: torch.Tensor) -> Any:
+    """Equal for parameters over the same memory, which are one tensor by two names."""
+    if tensor.device.type == "meta" or tensor.numel() == 0:
+        return id(tensor)
+    return tensor.data_ptr(), tensor.shape, tensor.stride()
+
+
+def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tensor:
+    """The tensor of that name, after checking that the plan fits it."""
+    path, _, key = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+        tensor = getattr(module, key)
+    except AttributeError as error:
+        raise SurgeryError(f"the model has no tensor {name}: the plan was made for another model") from error
+    if not isinstance(tensor, torch.Tensor):
+        raise SurgeryError(f"{name} is no tensor in this model: the plan was made for another model")
+    if parametrize.is_parametrized(module, key) or type(module).__name__ == "ParametrizationList":
+        raise SurgeryError(f"{name} is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first")
+    if tensor.is_quantized or tensor.layout != torch.strided:
+        raise SurgeryError(f"{name} is quantised or sparse; prune the float model before you convert it")
+    for removal in removals:
+        if removal.dim >= tensor.dim() or tensor.shape[removal.dim] != removal.size:
+            raise SurgeryError(
+                f"{name} has shape {tuple(tensor.shape)}, the plan needs {removal.size} along dim {removal.dim}: "
+                "the model was changed since the graph was built; build the graph again"
+            )
+        if not all(0 <= p < removal.size for p in removal.positions):
+            raise SurgeryError(f"{name} dim {removal.dim}: the plan names positions that do not exist")
+        if len(set(removal.positions)) >= removal.size:
+            raise SurgeryError(f"{name} dim {removal.dim} would lose its last position")
+    return tensor
+
+
+def _cutter(removals: list[Removal]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What keeps the surviving positions of a tensor of that shape."""
+
+    def cut(tensor: torch.Tensor) -> torch.Tensor:
+        out = tensor.detach()
+        for removal in removals:
+            keep = torch.ones(removal.size, dtype=torch.bool)
+            keep[list(removal.positions)] = False
+            out = out.index_select(removal.dim, keep.nonzero().flatten().to(tensor.device))
+        if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+            return out.contiguous(memory_format=torch.channels_last)
+        return out.contiguous()
+
+    return cut
+
+
+def _swap_tensor(module: nn.Module, key: str, new: torch.Tensor) -> Change:
+    """A buffer or a plain attribute; a parameter is cut through its data."""
+    fields = module._buffers if key in module._buffers else module.__dict__
+    if key in module._parameters:
+        return Change(lambda: None, lambda: None)
+    return _swap_key(fields, key, new)
+
+
+def _swap_key(fields: dict[str, Any], key: str, new: Any) -> Change:
+    missing = key not in fields
+    old = fields.get(key)
+
+    def undo() -> None:
+        if missing:
+            fields.pop(key, None)
+        else:
+            fields[key] = old
+
+    return Change(lambda: fields.__setitem__(key, new), undo)
+
+
+def _swap_item(fields: dict[str, Any], key: str, index: int, value: int) -> Change:
+    """One entry of a list or tuple; the container is replaced, so several entries can change one after another."""
+    before: list[Any] = []
+
+    def do() -> None:
+        old = fields[key]
+        before.append(old)
+        fields[key] = type(old)([*old[:index], value, *old[index + 1 :]])
+
+    return Change(do, lambda: fields.__setitem__(key, before.pop()))
+
+
+def _swap_data(parameter: nn.Parameter, new: torch.Tensor, cut: Callable[[torch.Tensor], torch.Tensor]) -> list[Change]:
+    old, old_grad = parameter.data, parameter.grad
+    grad = cut(old_grad) if old_grad is not None else None
+
+    def put(data: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        parameter.grad = None
+        parameter.data = data
+        parameter.grad = gradient
+
+    return [Change(lambda: put(new, grad), lambda: put(old, old_grad))]
+
+
+def _swap_state(
+    optimizer: torch.optim.Optimizer, parameter: nn.Parameter, cut: Callable[[torch.Tensor], torch.Tensor]
+) -> list[Change]:
+    """Momenta and the like: every tensor of the parameter's shape in its state."""
+    state = optimizer.state.get(parameter, {})
+    fits = {k: v for k, v in state.items() if isinstance(v, torch.Tensor) and v.shape == parameter.shape}
+    return [_swap_key(state, key, cut(value)) for key, value in fits.items()]
+
+
+def _mirror_changes(model: nn.Module, plan: Plan) -> list[Change]:
+    """Attributes that repeat a width of the (already cut) tensors."""
+    owners = {removal.tensor.rpartition(".")[0] for removal in plan.removals}
+    owners |= {setting.path for setting in plan.settings}
+    changes = [_mirror(model, mirror) for mirror in plan.mirrors]
+    for path in sorted(owners):
+        module = model.get_submodule(path)
+        for key, value in mirrored(module).items():
+            if key in module.__dict__ and module.__dict__[key] != value:
+                changes.append(_swap_key(module.__dict__, key, value))
+        parent, _, child = path.rpartition(".")
+        if child == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
+            attention = model.get_submodule(parent)
+            changes += [_swap_key(attention.__dict__, k, v) for k, v in mirrored(attention).items()]
+    return changes
+
+
+def _mirror(model: nn.Module, mirror: Mirror) -> Change:
+    tensor = model
+    for name in mirror.tensor.split("."):
+        tensor = getattr(tensor, name)
+    size = int(tensor.shape[mirror.dim])  # type: ignore[union-attr, index]
+    if size % mirror.divide:
+        raise SurgeryError(f"{mirror.tensor} dim {mirror.dim} has size {size}, not a multiple of {mirror.divide}")
+    return _swap_key(model.get_submodule(mirror.path).__dict__, mirror.name, size // mirror.divide)
+
+
+def mirrored(module: nn.Module) -> dict[str, Any]:
+    """What the size attributes of a ``torch.nn`` module must be, given its tensors (nothing for other modules)."""
+    for kind, sizes in _MIRRORED.items():
+        if isinstance(module, kind):
+            return sizes(module)
+    return {}
+
+
+def _conv(m: Any) -> dict[str, Any]:
+    first, second = m.weight.shape[:2]
+    if isinstance(m, _ConvTransposeNd):
+        return {"in_channels": first, "out_channels": second * m.groups}
+    return {"out_channels": first, "in_channels": second * m.groups}
+
+
+def _norm(m: Any) -> dict[str, Any]:
+    found = next((t for t in (m.weight, m.running_mean) if t is not None), None)
+    return {} if found is None else {"num_features": found.shape[0]}
+
+
+def _recurrent(m: Any) -> dict[str, Any]:
+    gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
+    found = {"input_size": m.weight_ih_l0.shape[1], "hidden_size": m.weight_ih_l0.shape[0] // gates}
+    if m.proj_size:
+        found["proj_size"] = m.weight_hr_l0.shape[0]
+    return found
+
+
+def _attention(m: Any) -> dict[str, Any]:
+    width = m.out_proj.weight.shape[0]
+    if m._qkv_same_embed_dim:
+        return {"embed_dim": width, "kdim": width, "vdim": width, "head_dim": width // m.num_heads}
+    found = {"kdim": m.k_proj_weight.shape[1], "vdim": m.v_proj_weight.shape[1]}
+    return {"embed_dim": width, **found, "head_dim": width // m.num_heads}
+
+
+_MIRRORED: dict[type, Callable[[Any], dict[str, Any]]] = {
+    _ConvNd: _conv,
+    nn.Linear: lambda m: {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]},
+    nn.Bilinear: lambda m: dict(zip(("out_features", "in1_features", "in2_features"), m.weight.shape, strict=True)),
+    nn.Embedding: lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]},
+    _NormBase: _norm,
+    nn.LayerNorm: lambda m: {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)},
+    nn.RMSNorm: lambda m: {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)},
+    nn.GroupNorm: lambda m: {} if m.weight is None else {"num_channels": m.weight.shape[0]},
+    nn.PReLU: lambda m: {"num_parameters": m.weight.shape[0]},
+    nn.RNNBase: _recurrent,
+    nn.MultiheadAttention: _attention,
+}
+
+
+@contextmanager
+def borrowed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Let the model run with other values (of the same shapes) in some of its tensors; then put its own back."""
+    own: list[tuple[torch.Tensor, torch.Tensor]] = []
+    try:
+        for name, values in tensors.items():
+            path, _, key = name.rpartition(".")
+            tensor = getattr(model.get_submodule(path), key)
+            own.append((tensor, tensor.data))
+            tensor.data = values
+        yield
+    finally:
+        for tensor, data in own:
+            tensor.data = data

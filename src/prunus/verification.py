@@ -1,0 +1,252 @@
+"""Proof on the user's own model that the graph is right.
+
+*Symmetry*: a group is right only if permuting its units (and whole heads) leaves the outputs unchanged. *Silence*:
+removing units gives the same outputs as setting their slices to zero, where no norm averages over the pruned dim.
+Both run with the parameters slightly disturbed, so that no two positions are alike by chance (as the entries of a
+freshly initialised batch norm are); the model's own values are put back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from prunus.coupling import Coupling, Family
+from prunus.errors import PrunusError
+from prunus.graph import DependencyGraph
+from prunus.labels import Ids
+from prunus.report import frozen_text
+from prunus.selection import default_families
+from prunus.surgery import borrowed
+from prunus.tracing import ForwardFn, Inputs, call_model, tensors_in
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """What :func:`verify` found; errors are relative to the largest output."""
+
+    symmetry_error: float
+    silence_error: float | None
+    prunable_share: float
+    groups: int
+    tolerance: float
+    unsupported: dict[str, tuple[str, ...]]
+    frozen: str = field(repr=False)
+    culprits: tuple[str, ...] = ()
+
+    @property
+    def ok(self) -> bool:
+        """Whether both tests hold."""
+        return self.symmetry_error <= self.tolerance and (self.silence_error or 0.0) <= self.tolerance
+
+    def __str__(self) -> str:
+        silence = "not applicable" if self.silence_error is None else f"{self.silence_error:.1e}"
+        lines = [
+            f"{'verified' if self.ok else 'NOT VERIFIED'}: {self.groups} groups, "
+            f"{self.prunable_share:.2%} of the parameters are prunable",
+            f"  symmetry error {self.symmetry_error:.1e}, silence error {silence} (tolerance {self.tolerance:.0e})",
+        ]
+        lines += [f"  not symmetric: {c}" for c in self.culprits]
+        lines += [f"  {line}" for line in self.frozen.splitlines()]
+        return "\n".join(lines)
+
+
+def verify(
+    model: nn.Module,
+    example_inputs: Inputs,
+    forward_fn: ForwardFn | None = None,
+    output_transform: Callable[[Any], Any] | None = None,
+    *,
+    seed: int = 0,
+) -> VerifyReport:
+    """Check the graph of ``model`` numerically; the model is left as it came.
+
+    Args:
+        model: any module.
+        example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
+        forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
+        output_transform: picks from the output what must keep its sizes and values (default: every tensor in it).
+        seed: of the disturbance and the permutations.
+
+    Example:
+        >>> import torch, prunus
+        >>> model = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.ReLU(), torch.nn.Linear(16, 4))
+        >>> prunus.verify(model, torch.randn(1, 8)).ok
+        True
+    """
+    graph = DependencyGraph().build_dependency(model, example_inputs, forward_fn, output_transform)
+    coupling = graph.coupling
+    generator = torch.Generator().manual_seed(seed)
+    values = _disturbed(coupling, generator)
+    run = _Runner(model, example_inputs, forward_fn, output_transform)
+    reference = run(values)
+    permuted = _permuted(coupling, coupling.families, values, generator)
+    symmetry = _distance(reference, run(permuted))
+    tolerance = max((TOLERANCE.get(t.dtype, 0.0) for t in reference), default=1e-5)
+    culprits: tuple[str, ...] = ()
+    if symmetry > tolerance:
+        culprits = _culprits(coupling, values, run, reference, generator, tolerance)
+    return VerifyReport(
+        symmetry,
+        _silence(graph, values, run),
+        prunable_share(coupling),
+        len(coupling.groups),
+        tolerance,
+        graph.unsupported,
+        frozen_text(coupling),
+        culprits,
+    )
+
+
+class _Runner:
+    """Runs the model in eval mode, without gradients, on given values of its tensors."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        forward_fn: ForwardFn | None,
+        output_transform: Callable[[Any], Any] | None,
+    ) -> None:
+        self.model, self.inputs, self.forward_fn, self.output_transform = model, inputs, forward_fn, output_transform
+
+    def __call__(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        from prunus.cost.untouched import untouched
+
+        with untouched(self.model), torch.no_grad(), borrowed(self.model, values):
+            output = call_model(self.model, self.inputs, self.forward_fn)
+            if self.output_transform is not None:
+                output = self.output_transform(output)
+            return [t.clone() for t in tensors_in(output) if t.is_floating_point()]
+
+
+def _disturbed(coupling: Coupling, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """Copies of all used float tensors in which no two entries are alike; signs stay."""
+    values = {}
+    for held in coupling.trace.held:
+        tensor = held.tensor.detach()
+        if not tensor.is_floating_point() or all(s < 0 for s in held.starts):
+            continue
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
+        values[held.name] = tensor * (1 + 0.1 * noise.clamp(-3, 3)) + 0.02 * noise * (tensor == 0)
+    return values
+
+
+def _permuted(
+    coupling: Coupling, families: Sequence[Family], values: dict[str, torch.Tensor], generator: torch.Generator
+) -> dict[str, torch.Tensor]:
+    """The values after a random permutation of the units of every lane."""
+    source = np.arange(coupling.units.total)
+    for family in families:
+        for lane in family.lanes:
+            order = torch.randperm(len(lane), generator=generator).numpy()
+            source[lane] = lane[order]
+    out = dict(values)
+    for coarse in (False, True):
+        for group in coupling.groups:
+            if group.coarse == coarse:
+                rows = np.searchsorted(group.units, source[group.units])
+                _move(coupling, group.slices, rows, out)
+    return out
+
+
+def _move(coupling: Coupling, slices: Sequence[Any], rows: Ids, values: dict[str, torch.Tensor]) -> None:
+    for part in slices:
+        name = coupling.trace.held[part.held].name
+        if name in values:
+            order = torch.arange(coupling.trace.held[part.held].shape[part.dim])
+            order[torch.from_numpy(part.index.reshape(-1))] = torch.from_numpy(part.index[rows].reshape(-1))
+            values[name] = values[name].index_select(part.dim, order.to(values[name].device))
+
+
+def _distance(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> float:
+    """The largest difference relative to the largest output; infinite where shapes or finiteness differ."""
+    worst = 0.0
+    for a, b in zip(one, other, strict=True):
+        if a.shape != b.shape:
+            return float("inf")
+        if a.numel():
+            scale = max(float(a.abs().max()), 1e-6)
+            error = float((a - b).abs().max()) / scale
+            worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def _culprits(
+    coupling: Coupling,
+    values: dict[str, torch.Tensor],
+    run: _Runner,
+    reference: Sequence[torch.Tensor],
+    generator: torch.Generator,
+    tolerance: float,
+) -> tuple[str, ...]:
+    """The families whose own permutation changes the outputs."""
+    found = []
+    for family in coupling.families:
+        if _distance(reference, run(_permuted(coupling, [family], values, generator))) > tolerance:
+            group = coupling.groups[int(coupling.group_of_unit[family.units].max())]
+            part = group.slices[0]
+            found.append(f"{coupling.trace.held[part.held].name} dim {part.dim} ({len(family.units)} units)")
+    return tuple(found)
+
+
+def _silence(graph: DependencyGraph, values: dict[str, torch.Tensor], run: _Runner) -> float | None:
+    """Remove a bundle of every family over which nothing averages, and compare with zeros in its place."""
+    coupling = graph.coupling
+    averaged = np.zeros(coupling.trace.ledger.size, dtype=bool)
+    for ids in coupling.trace.ledger.averaged:
+        averaged[ids] = True
+    chosen: list[Ids] = []
+    for family in default_families(coupling):
+        units = np.concatenate([lane[: len(lane) // family.count] for lane in family.lanes])
+        if family.count > 1 and not averaged[coupling.atoms_of(units)].any():
+            chosen.append(units)
+    if not chosen:
+        return None
+    units = np.concatenate(chosen)
+    silent = dict(values)
+    gone = np.zeros(coupling.trace.ledger.size, dtype=bool)
+    gone[coupling.atoms_of(units)] = True
+    for held in coupling.trace.held:
+        if held.name not in values:
+            continue
+        for dim, start in enumerate(held.starts):
+            places = np.flatnonzero(gone[start : start + held.shape[dim]]) if start >= 0 else []
+            if len(places):
+                index = torch.from_numpy(places).to(values[held.name].device)
+                silent[held.name] = silent[held.name].index_fill(dim, index, 0)
+    expected = run(silent)
+    with borrowed(graph.model, values):
+        receipt = graph._prune(units, record_history=False)
+        try:
+            found = run({})
+        finally:
+            receipt.undo()
+    return _distance(expected, found)
+
+
+def prunable_share(coupling: Coupling) -> float:
+    """The share of the parameters that some removable unit touches."""
+    free = np.zeros(coupling.trace.ledger.size, dtype=bool)
+    for family in coupling.families:
+        free[coupling.atoms_of(family.units)] = True
+    total = fixed = 0
+    for held in coupling.trace.held:
+        if held.places[0].kind == "parameter":
+            stays = [
+                n - int(np.count_nonzero(free[s : s + n])) if s >= 0 else n
+                for n, s in zip(held.shape, held.starts, strict=True)
+            ]
+            total += prod(held.shape)
+            fixed += prod(stays)
+    if not total:
+        raise PrunusError("the model has no parameters")
+    return 1 - fixed / total
