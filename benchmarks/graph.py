@@ -238,7 +238,16 @@ def machine() -> dict[str, Any]:
     }
 
 
+def save(path: Path, rows: Sequence[Row], verdict: dict[str, Any]) -> None:
+    """Write everything measured so far."""
+    ratios = [{"prunus_forward": row.in_forward_passes, "prunus_torch_pruning": row.in_torch_pruning} for row in rows]
+    figures = [{**asdict(row), "ratios": ratio} for row, ratio in zip(rows, ratios, strict=True)]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"verdict": verdict, "machine": machine(), "models": figures}, indent=2) + "\n")
+
+
 def main() -> int:
+    """Measure every model that is asked for; give the exit status."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=list(MODELS), choices=MODELS, metavar="NAME", help=str(MODELS))
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds for each model")
@@ -257,17 +266,15 @@ def main() -> int:
     if not console.is_terminal:
         console = Console(width=110)
     rows: list[Row] = []
+    verdict: dict[str, Any] = {"kept": False}
     for name in chosen.models:
-        with console.status(f"{name} ({len(rows) + 1} of {len(chosen.models)})"):
-            rows.append(measure(name, chosen.rounds, chosen.limit))
-        gc.collect()
-    verdict = judge(rows)
+        start = time.perf_counter()
+        rows.append(measure(name, chosen.rounds, chosen.limit))
+        console.print(f"{len(rows)}/{len(chosen.models)} {name}: {time.perf_counter() - start:.0f} s")
+        verdict = judge(rows)
+        save(chosen.out, rows, verdict)  # after each model: a run that is cut keeps what it has
     console.print(table(rows, verdict))
     console.print(sentence(verdict))
-    ratios = [{"prunus_forward": row.in_forward_passes, "prunus_torch_pruning": row.in_torch_pruning} for row in rows]
-    figures = [{**asdict(row), "ratios": ratio} for row, ratio in zip(rows, ratios, strict=True)]
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps({"verdict": verdict, "machine": machine(), "models": figures}, indent=2) + "\n")
     console.print(f"figures: {chosen.out}")
     return 0 if verdict["kept"] else 1
 

@@ -1,6 +1,7 @@
 """The command line: options reach the job, errors are one line, and asking for help loads nothing heavy."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+import prunus
 from prunus.cli import app
 from prunus.errors import InputError, PrunusError
 
@@ -100,7 +102,8 @@ def test_help_names_every_option_and_loads_no_ultralytics() -> None:
         "done = CliRunner(env={'COLUMNS': '120'}).invoke(app, ['yolo', '--help'])\n"
         "print(json.dumps([done.exit_code, done.output, 'ultralytics' in sys.modules]))\n"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    environment = {**os.environ, "PYTHONPATH": str(Path(prunus.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     status, printed, loaded = json.loads(done.stdout)
     assert status == 0
     assert not loaded

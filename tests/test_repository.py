@@ -29,7 +29,7 @@ LEVELS = [
     {"plan"},
     {"surgery", "cost", "importance", "functions"},
     {"selection", "regularize", "recover", "recipe"},
-    {"graph", "pruner", "pruning", "verify", "utils"},
+    {"graph", "pruner", "pruning", "verification", "utils"},
     {"report", "integrations"},
     {"cli", "__main__"},
 ]

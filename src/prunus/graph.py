@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-from prunus.coupling import Coupling, couple
+from prunus.coupling import Coupling, Family, couple
 from prunus.errors import InputError, SurgeryError
 from prunus.functions import PruningFn, functions_for, is_in_channel_fn, is_out_channel_fn
 from prunus.functions import prune_parameter_in_channels, prune_parameter_out_channels
@@ -94,6 +95,16 @@ class _Side:
     node: Node
     handler: PruningFn
     dims: tuple[tuple[int, int], ...]
+
+
+def _shares(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> list[tuple[Ids, int, int, Ids]]:
+    """For each lane: its living units, its quota, how many bundles must go, and which of them are begun."""
+    lanes = [lane[living[lane]] for lane in family.lanes]
+    quotas = [len(lane) // family.count for lane in family.lanes]
+    begun = [np.unique(np.flatnonzero(chosen[lane]) // quota) for lane, quota in zip(lanes, quotas, strict=True)]
+    need = max(-(-np.count_nonzero(chosen[lane]) // quota) for lane, quota in zip(lanes, quotas, strict=True))
+    bundles = np.unique(np.concatenate(begun))
+    return [(lane, quota, need, bundles) for lane, quota in zip(lanes, quotas, strict=True)]
 
 
 class Group:
@@ -254,7 +265,9 @@ class DependencyGraph:
             if id(layer) not in inside:
                 raise InputError(f"ignored_layers holds a {type(layer).__name__} that is not part of the model")
             chosen |= {id(m) for m in layer.modules()}
-        read = {int(ids.flat[0]) for ids in found.ledger.contracted} - {int(ids.flat[0]) for ids in found.ledger.passed}
+        if not chosen and not whole:
+            return
+        read = {ids.item(0) for ids in found.ledger.contracted} - {ids.item(0) for ids in found.ledger.passed}
         by_path = dict(found.model.named_modules())
         for held in found.held:
             owners = {id(by_path[p.module]) for p in held.places}
@@ -304,12 +317,13 @@ class DependencyGraph:
 
     def _find_sides(self) -> Any:
         coupling = self.coupling
+        modules = dict(self.model.named_modules(remove_duplicate=False))
         dims: dict[tuple[int, bool], list[tuple[int, int]]] = {}
         nodes: dict[int, Node] = {}
         for k in range(len(coupling.axis_start)):
             held, dim = int(coupling.axis_held[k]), int(coupling.axis_dim[k])
             place = coupling.trace.held[held].places[0]
-            owner: Any = self.model.get_submodule(place.module)
+            owner: Any = modules[place.module]
             node = Node(place.module, owner)
             if functions_for(owner) is None:
                 if place.kind != "parameter":
@@ -374,24 +388,25 @@ class DependencyGraph:
 
     def _balanced(self, units: Ids) -> Ids:
         """``units`` and their partners: every lane of a family loses the same share, by position."""
-        units = np.array(list(dict.fromkeys(units.tolist())), dtype=np.int64)
-        living = self.coupling.alive_units(self.alive)
-        chosen = set(units.tolist())
-        extra: list[int] = []
-        for family in self.coupling.families:
-            if len(family.lanes) == 1 or not chosen.intersection(family.units.tolist()):
-                continue
-            lanes = [lane[living[lane]] for lane in family.lanes]
-            quotas = [len(lane) // family.count for lane in family.lanes]
-            places = [np.flatnonzero([u in chosen for u in lane.tolist()]) for lane in lanes]
-            bundles = sorted({int(k) // q for found, q in zip(places, quotas, strict=True) for k in found})
-            need = max(-(-len(found) // q) for found, q in zip(places, quotas, strict=True))
-            for lane, quota, found in zip(lanes, quotas, places, strict=True):
-                near = [k for b in bundles for k in range(b * quota, (b + 1) * quota)]
-                order = dict.fromkeys([*found.tolist(), *near, *range(len(lane))])
-                picked = [k for k in order if k < len(lane)][: need * quota]
-                extra += [u for u in lane[picked].tolist() if u not in chosen]
-        return np.concatenate((units, np.array(extra, dtype=np.int64)))
+        coupling = self.coupling
+        _, first = np.unique(units, return_index=True)
+        units = units[np.sort(first)]
+        touched = np.unique(coupling.family_of_unit[units])
+        families = [coupling.families[k] for k in touched.tolist() if k >= 0 and len(coupling.families[k].lanes) > 1]
+        if not families:
+            return units
+        chosen = np.zeros(coupling.units.total, dtype=bool)
+        chosen[units] = True
+        living = coupling.alive_units(self.alive)
+        extra = [units]
+        for family in families:
+            for lane, quota, need, bundles in _shares(family, living, chosen):
+                near = (bundles[:, None] * quota + np.arange(quota)).reshape(-1)
+                order = np.concatenate((np.flatnonzero(chosen[lane]), near[near < len(lane)], np.arange(len(lane))))
+                _, first = np.unique(order, return_index=True)
+                picked = lane[order[np.sort(first)]][: need * quota]
+                extra.append(picked[~chosen[picked]])
+        return np.concatenate(extra)
 
     def get_all_groups(
         self, ignored_layers: Sequence[Any] = (), root_module_types: Sequence[type] = ROOT_TYPES

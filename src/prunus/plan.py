@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from fractions import Fraction
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -217,14 +216,14 @@ def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
     """The attributes that change, from the sizes that the code asks for."""
     requirements = coupling.trace.ledger.requirements
     model = coupling.trace.model
-    solved: dict[Attribute, Fraction] = {}
+    solved: dict[Attribute, float] = {}
 
-    def known(leaf: Attribute | Extent) -> Fraction | None:
-        return Fraction(surviving(alive, leaf.ids)) if isinstance(leaf, Extent) else solved.get(leaf)
+    def known(leaf: Attribute | Extent) -> float | None:
+        return surviving(alive, leaf.ids) if isinstance(leaf, Extent) else solved.get(leaf)
 
-    def settled(leaf: Attribute | Extent) -> Fraction:
+    def settled(leaf: Attribute | Extent) -> float | None:
         value = known(leaf)
-        return Fraction(read_attribute(model, leaf)) if value is None and isinstance(leaf, Attribute) else value or Fraction(0)
+        return read_attribute(model, leaf) if value is None and isinstance(leaf, Attribute) else value
 
     expressions = [expression_of(r.asked) for r in requirements]
     sizes = [surviving(alive, r.ids) for r in requirements]
@@ -233,7 +232,7 @@ def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
     while progress:
         progress = False
         for k in order:
-            found = solve(expressions[k], Fraction(sizes[k]), known)
+            found = solve(expressions[k], sizes[k], known)
             if found is not None:
                 solved[found[0]] = found[1]
                 progress = True
@@ -244,8 +243,8 @@ def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
                 f"{expression} would be {value} where the code needs {size} "
                 f"({requirement.place or 'step ' + str(requirement.step)}); the plan was not made"
             )
-    changed = ((a, v) for a, v in solved.items() if v != read_attribute(model, a))
-    return tuple(Setting(a.path, a.name, a.index, int(v)) for a, v in changed)
+    changed = ((a, round(v)) for a, v in solved.items() if v != read_attribute(model, a))
+    return tuple(Setting(a.path, a.name, a.index, v) for a, v in changed)
 
 
 def _mirrors(coupling: Coupling, facts: Sequence[Fact]) -> tuple[Mirror, ...]:

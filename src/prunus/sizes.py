@@ -9,9 +9,8 @@ was read from a shape), an attribute must be set, or (a plain number in the code
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -68,7 +67,7 @@ class Binary:
 
 
 Expression: TypeAlias = "Attribute | Extent | Binary | int"
-Lookup: TypeAlias = "Callable[[Attribute | Extent], Fraction | None]"
+Lookup: TypeAlias = "Callable[[Attribute | Extent], float | None]"
 
 
 def leaves(expression: Expression) -> Iterator[Attribute | Extent]:
@@ -80,39 +79,66 @@ def leaves(expression: Expression) -> Iterator[Attribute | Extent]:
         yield expression
 
 
-def evaluate(expression: Expression, known: Lookup) -> Fraction | None:
-    """The exact value (``//`` divides exactly), or None if a leaf is unknown."""
+def evaluate(expression: Expression, known: Lookup) -> float | None:
+    """The value (``//`` divides exactly), or None if a leaf is unknown."""
     if isinstance(expression, int):
-        return Fraction(int(expression))
+        return int(expression)
     if not isinstance(expression, Binary):
         return known(expression)
     left, right = evaluate(expression.left, known), evaluate(expression.right, known)
-    if left is None or right is None or (expression.operator == "//" and right == 0):
+    if left is None or right is None:
         return None
-    return {"+": left + right, "-": left - right, "*": left * right}.get(expression.operator, left / (right or 1))
+    match expression.operator:
+        case "+":
+            return left + right
+        case "-":
+            return left - right
+        case "*":
+            return left * right
+    return left / right if right else None
 
 
-def solve(expression: Expression, value: Fraction, known: Lookup) -> tuple[Attribute, Fraction] | None:
+def solve(expression: Expression, value: float, known: Lookup) -> tuple[Attribute, float] | None:
     """The one unknown attribute that makes ``expression == value``, and its value."""
     while isinstance(expression, Binary):
         left, right = evaluate(expression.left, known), evaluate(expression.right, known)
         if (left is None) == (right is None):
             return None
-        operator = expression.operator
+        inner = _invert_right(expression.operator, value, left) if right is None else None
         if right is not None:
-            if operator == "*" and right == 0:
-                return None
-            value = {"+": value - right, "-": value + right, "*": value / (right or 1)}.get(operator, value * right)
-            expression = expression.left
-        elif left is not None:
-            if operator in ("*", "//") and (left == 0 or value == 0):
-                return None
-            inverse = {"+": value - left, "-": left - value, "*": value / (left or 1)}
-            value = inverse[operator] if operator in inverse else left / value
-            expression = expression.right
+            inner = _invert_left(expression.operator, value, right)
+        if inner is None:
+            return None
+        expression, value = (expression.left if left is None else expression.right), inner
     if isinstance(expression, Attribute) and known(expression) is None:
         return expression, value
     return None
+
+
+def _invert_left(operator: str, value: float, right: float) -> float | None:
+    """``x`` in ``x operator right == value``."""
+    match operator:
+        case "+":
+            return value - right
+        case "-":
+            return value + right
+        case "*":
+            return value / right if right else None
+    return value * right
+
+
+def _invert_right(operator: str, value: float, left: float | None) -> float | None:
+    """``x`` in ``left operator x == value``."""
+    if left is None:
+        return None
+    match operator:
+        case "+":
+            return value - left
+        case "-":
+            return left - value
+        case "*":
+            return value / left if left else None
+    return left / value if value else None
 
 
 class Size(int):
@@ -199,15 +225,15 @@ def shape_of(labelled: Labelled, ledger: Ledger) -> torch.Size:
     )
 
 
-def mark_attributes(model: nn.Module, ledger: Ledger) -> list[tuple[dict[str, Any], str, Any]]:
-    """Replace the ints that modules and their configs keep by :class:`Size` objects.
+def mark_attributes(modules: Iterable[tuple[str, nn.Module]], ledger: Ledger) -> list[tuple[dict[str, Any], str, Any]]:
+    """Replace the ints that modules (given with their paths) and their configs keep by :class:`Size` objects.
 
     Returns:
         What was replaced, as (dictionary, key, old value), for the caller to put back.
     """
     undo: list[tuple[dict[str, Any], str, Any]] = []
     seen: set[int] = set()
-    for path, module in model.named_modules():
+    for path, module in modules:
         _mark(module.__dict__, path, "", ledger, undo)
         for name in ("config", "cfg"):
             config = module.__dict__.get(name)

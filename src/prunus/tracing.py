@@ -50,7 +50,7 @@ class Held:
     """A tensor that the model keeps, every place where it hangs, and the first atom of each of its dims (-1: none)."""
 
     tensor: torch.Tensor
-    places: tuple[Place, ...]
+    places: Sequence[Place]
     shape: tuple[int, ...]
     starts: list[int]
 
@@ -116,11 +116,13 @@ def trace(
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
     ledger = Ledger()
-    held = _held_tensors(model)
-    tracer = _Tracer(ledger, held, model)
-    with _left_as_it_came(model, tracer), ExitStack() as stack:
-        mark_attributes(model, ledger)
-        for module in model.modules():  # not eval(): some classes merge or freeze weights there
+    modules = list(model.named_modules(remove_duplicate=False))
+    held, index = _held_tensors(modules)
+    once: Modules = [(path, m) for m, path in {m: path for path, m in reversed(modules)}.items()]
+    tracer = _Tracer(ledger, held, index, once)
+    with _left_as_it_came(once, tracer), ExitStack() as stack:
+        mark_attributes(once, ledger)
+        for _, module in once:  # not eval(): some classes merge or freeze weights there
             module.training = False
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_without_mha_fastpath())
@@ -147,11 +149,19 @@ def trace(
     return Trace(model, tuple(held), ledger, tuple(tracer.events), unsupported)
 
 
-def _held_tensors(model: nn.Module) -> list[Held]:
-    """Every tensor the model keeps, once; two parameters that share their storage count as one."""
-    tensors: dict[Any, torch.Tensor] = {}
-    places: dict[Any, list[Place]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
+Modules = list[tuple[str, nn.Module]]  # every path of every module
+
+
+def _held_tensors(modules: Modules) -> tuple[list[Held], dict[int, int]]:
+    """Every tensor the model keeps, once, and the index of each by identity.
+
+    Two parameters over the same memory are one tensor by two names.
+    """
+    held: list[Held] = []
+    index: dict[int, int] = {}
+    by_memory: dict[int, list[int]] = {}
+    places: list[list[Place]] = []
+    for path, module in modules:
         kinds = (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", module.__dict__))
         for kind, fields in kinds:
             for name, tensor in fields.items():
@@ -159,16 +169,27 @@ def _held_tensors(model: nn.Module) -> list[Held]:
                     continue
                 if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
                     raise InputError(f"{path}.{name} is not initialised yet: run the model once before pruning it")
-                key = _identity(tensor)
-                tensors.setdefault(key, tensor)
-                places.setdefault(key, []).append(Place(path, name, kind))
-    return [Held(t, tuple(places[k]), tuple(t.shape), [-1] * t.dim()) for k, t in tensors.items()]
+                k = index.get(id(tensor))
+                if k is None:
+                    twins = by_memory.setdefault(_address(tensor), [])
+                    k = next((t for t in twins if _same_view(held[t].tensor, tensor)), len(held))
+                    index[id(tensor)] = k
+                    if k == len(held):
+                        twins.append(k)
+                        places.append([])
+                        held.append(Held(tensor, places[k], tuple(tensor.shape), [-1] * tensor.dim()))
+                places[k].append(Place(path, name, kind))
+    return held, index
 
 
-def _identity(tensor: torch.Tensor) -> Any:
-    if tensor.device.type == "meta" or tensor.numel() == 0 or tensor.layout != torch.strided:
-        return id(tensor)
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
+def _address(tensor: torch.Tensor) -> int:
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+        return -id(tensor)
+    return tensor.data_ptr()
+
+
+def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
 class _Entry(NamedTuple):
@@ -184,7 +205,7 @@ class _Entry(NamedTuple):
 class _Tracer(TorchDispatchMode):
     """Applies the rule of every op that runs."""
 
-    def __init__(self, ledger: Ledger, held: Sequence[Held], model: nn.Module) -> None:
+    def __init__(self, ledger: Ledger, held: Sequence[Held], index: dict[int, int], modules: Modules) -> None:
         super().__init__()
         self.ledger = ledger
         self.held = held
@@ -192,20 +213,12 @@ class _Tracer(TorchDispatchMode):
         self.unsupported: dict[str, list[str]] = {}
         self.call = PythonCall(None, (), {})
         self.changed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._modules = {id(m): path for path, m in model.named_modules()}
+        self._modules = {id(m): path for path, m in modules}
         self._stack: list[str] = [""]
         self._entries: dict[Any, _Entry] = {}
         self._known: dict[int, Labelled] = {}
-        self._index: dict[int, int] = {}
-        self._storages: dict[int, torch.Tensor] = {}
-        keys = {_identity(h.tensor): k for k, h in enumerate(held)}
-        for module in model.modules():
-            for fields in (module._parameters, module._buffers, module.__dict__):
-                for tensor in fields.values():
-                    if isinstance(tensor, torch.Tensor):
-                        self._index[id(tensor)] = keys[_identity(tensor)]
-                        if tensor.device.type != "meta" and tensor.layout == torch.strided:
-                            self._storages[tensor.untyped_storage().data_ptr()] = tensor
+        self._index = index
+        self._storages: dict[int, torch.Tensor] | None = None
 
     @contextmanager
     def following_modules(self) -> Iterator[None]:
@@ -288,9 +301,15 @@ class _Tracer(TorchDispatchMode):
         """Keep the values of a held tensor that the op is about to overwrite."""
         for target in args[:1]:
             if isinstance(target, torch.Tensor) and target.device.type != "meta" and target.layout == torch.strided:
-                held = self._storages.get(target.untyped_storage().data_ptr())
+                held = self._by_storage().get(target.untyped_storage().data_ptr())
                 if held is not None and id(held) not in self.changed:
                     self.changed[id(held)] = (held, held.detach().clone())
+
+    def _by_storage(self) -> dict[int, torch.Tensor]:
+        if self._storages is None:
+            kept = (h.tensor for h in self.held if not h.tensor.is_meta and h.tensor.layout == torch.strided)
+            self._storages = {t.untyped_storage().data_ptr(): t for t in kept if t.numel()}
+        return self._storages
 
     def _record(self, entry: _Entry, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         inputs: list[Labelled] = []
@@ -384,10 +403,10 @@ def _without_mha_fastpath() -> Iterator[None]:
 
 
 @contextmanager
-def _left_as_it_came(model: nn.Module, tracer: _Tracer) -> Iterator[None]:
+def _left_as_it_came(modules: Modules, tracer: _Tracer) -> Iterator[None]:
     """Put back every module's attributes and containers, overwritten tensors and the random state."""
-    kept = [(m.__dict__, dict(m.__dict__), _containers(m.__dict__)) for m in model.modules()]
-    configs = _config_fields(model)
+    kept = [(m.__dict__, dict(m.__dict__), _containers(m.__dict__)) for _, m in modules]
+    configs = _config_fields(modules)
     cpu = torch.get_rng_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     try:
@@ -422,8 +441,8 @@ def _refill(live: Any, copy: Any) -> None:
         live.update(copy)
 
 
-def _config_fields(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    configs = {id(c): c for m in model.modules() for c in (m.__dict__.get("config"), m.__dict__.get("cfg"))}
+def _config_fields(modules: Modules) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    configs = {id(c): c for _, m in modules for c in (m.__dict__.get("config"), m.__dict__.get("cfg"))}
     fields = [c.__dict__ for c in configs.values() if hasattr(c, "__dict__") and not isinstance(c, (nn.Module, type))]
     return [(f, dict(f)) for f in fields]
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from fractions import Fraction
 
 import numpy as np
 
@@ -19,6 +18,9 @@ from prunus.coupling.pieces import components
 from prunus.coupling.units import Units
 from prunus.labels import Ids, Ledger, Requirement, first_row
 from prunus.sizes import Attribute, Expression, Extent, evaluate, expression_of, leaves, solve
+
+
+TINY = 1e-6
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,9 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids) -> _Draft:
     random = np.random.default_rng(0)
     mark = np.zeros(units.total, dtype=np.uint64)
     for balance in ledger.balances:
-        for row in units.unit_of(balance.ids):
-            members, times = np.unique(row[row >= 0], return_counts=True)
-            mark[members] += random.integers(1, 2**63, dtype=np.uint64) * times.astype(np.uint64)
+        rows = units.unit_of(balance.ids)
+        for row, number in zip(rows, random.integers(1, 2**63, size=len(rows), dtype=np.uint64), strict=True):
+            np.add.at(mark, row[row >= 0], number)
     fine = units.fine_of(np.arange(units.total))
     free = np.flatnonzero(units.free[fine])
     keys = mark[free] + kind[fine[free]].astype(np.uint64)
@@ -140,7 +142,17 @@ class _Constraints:
         self.units = units
         self.draft = draft
         self.read = read
-        self._takers = self._taking()
+        pieces = units.pieces
+        free = units.free[pieces.fine]
+        lane = np.where(free, draft.lane_of[units.base[pieces.fine]], -1)
+        self._piece_at = np.repeat(np.arange(len(pieces.start)), pieces.length)
+        self._lane_at = np.repeat(lane, pieces.length)
+        for k in np.flatnonzero(free & (pieces.length > 1)).tolist():
+            base, n = units.base[pieces.fine[k]], pieces.length[k]
+            self._lane_at[pieces.start[k] : pieces.start[k] + n] = draft.lane_of[base : base + n]
+        self._take_pieces, self._takers = _takers(units)
+        self._taken = np.zeros(len(pieces.start), dtype=bool)
+        self._taken[self._take_pieces] = True
         self._contents: dict[int, tuple[Ids, dict[int, int]]] = {}
         self.requirements: list[Requirement] = []
         self.expressions: list[Expression] = []
@@ -165,32 +177,19 @@ class _Constraints:
             if isinstance(leaf, Attribute):
                 self.using.setdefault(leaf, []).append(k)
 
-    def _taking(self) -> dict[int, list[int]]:
-        """For each piece, the coarse units that take it."""
-        takers: dict[int, list[int]] = {}
-        for f, taken in self.units.takes.items():
-            if self.units.free[f]:
-                for piece in taken.tolist():
-                    takers.setdefault(piece, []).append(int(self.units.base[f]))
-        return takers
-
     def content(self, ids: Ids) -> dict[int, int]:
         """How many positions of a row go with each lane (a coarse unit that takes the whole row does not count)."""
         cached = self._contents.get(id(ids))
         if cached is not None:
             return cached[1]
         row = first_row(ids)
-        found: dict[int, int] = {}
-        own = self.units.unit_of(row)
-        lanes, counts = np.unique(self.draft.lane_of[own[own >= 0]], return_counts=True)
-        found.update(zip(lanes.tolist(), counts.tolist(), strict=True))
-        if self._takers:
-            by_unit: dict[int, int] = {}
-            pieces, times = np.unique(self.units.pieces.of(row), return_counts=True)
-            for piece, n in zip(pieces.tolist(), times.tolist(), strict=True):
-                for unit in self._takers.get(piece, ()):
-                    by_unit[unit] = by_unit.get(unit, 0) + n
-            for unit, n in by_unit.items():
+        found = _tally(self._lane_at[row])
+        found.pop(-1, None)
+        pieces = self._piece_at[row]
+        if self._taken[pieces].any():
+            spans = np.searchsorted(self._take_pieces, pieces), np.searchsorted(self._take_pieces, pieces, side="right")
+            takers = np.concatenate([self._takers[a:b] for a, b in zip(*spans, strict=True)])
+            for unit, n in _tally(takers).items():
                 if n < row.size:
                     lane = int(self.draft.lane_of[unit])
                     found[lane] = found.get(lane, 0) + n
@@ -214,7 +213,7 @@ class _Constraints:
                 for family in involved:
                     self.draft.pin(family, _reason(self.expressions[k], self.requirements[k]))
 
-    def _balancing(self, errors: dict[int, Fraction]) -> list[int]:
+    def _balancing(self, errors: dict[int, float]) -> list[int]:
         """The families whose errors have opposite signs: fine ones alone if they do, else all."""
         fine = {f: e for f, e in errors.items() if not self._is_coarse(f)}
         for chosen in (fine, errors):
@@ -226,21 +225,26 @@ class _Constraints:
         lane = int(np.flatnonzero(self.draft.family_of == family)[0])
         return self.units.is_coarse(int(self.draft.lanes[lane][0]))
 
-    def _errors(self, family: int) -> dict[int, Fraction]:
+    def _errors(self, family: int) -> dict[int, float]:
         """By how much each requirement is off (asked minus there) when half of a family goes."""
         relevant = self._relevant(family)
-        solved: dict[Attribute, Fraction] = {}
+        solved: dict[Attribute, float] = {}
         members = set(np.flatnonzero(self.draft.family_of == family).tolist())
+        extents: dict[int, float] = {}
 
-        def extent(ids: Ids) -> Fraction:
-            return ids.shape[-1] - Fraction(sum(n for lane, n in self.content(ids).items() if lane in members), 2)
+        def extent(ids: Ids) -> float:
+            found = extents.get(id(ids))
+            if found is None:
+                gone = sum(n for lane, n in self.content(ids).items() if lane in members)
+                found = extents[id(ids)] = ids.shape[-1] - gone / 2
+            return found
 
-        def known(leaf: Attribute | Extent) -> Fraction | None:
+        def known(leaf: Attribute | Extent) -> float | None:
             return extent(leaf.ids) if isinstance(leaf, Extent) else solved.get(leaf)
 
-        def settled(leaf: Attribute | Extent) -> Fraction:
+        def settled(leaf: Attribute | Extent) -> float | None:
             value = known(leaf)
-            return Fraction(self.read(leaf)) if value is None and isinstance(leaf, Attribute) else value or Fraction(0)
+            return self.read(leaf) if value is None and isinstance(leaf, Attribute) else value
 
         rows = {k: extent(self.requirements[k].ids) for k in relevant}
         waiting = sorted(relevant, key=lambda k: (not isinstance(self.expressions[k], Attribute), k))
@@ -253,7 +257,7 @@ class _Constraints:
                     solved[found[0]] = found[1]
                     progress = True
         values = {k: evaluate(self.expressions[k], settled) for k in relevant}
-        return {k: value - rows[k] for k, value in values.items() if value is not None and value != rows[k]}
+        return {k: v - rows[k] for k, v in values.items() if v is not None and abs(v - rows[k]) > TINY}
 
     def _relevant(self, family: int) -> list[int]:
         """The requirements that a family touches, and those that share an attribute with them."""
@@ -267,6 +271,25 @@ class _Constraints:
                         found.add(k)
                         todo.append(k)
         return sorted(found)
+
+
+def _takers(units: Units) -> tuple[Ids, Ids]:
+    """Pieces that coarse units take, ascending, and the unit that takes each."""
+    chosen = [(f, taken) for f, taken in units.takes.items() if units.free[f]]
+    if not chosen:
+        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
+    pieces = np.concatenate([taken for _, taken in chosen])
+    takers = np.repeat([units.base[f] for f, _ in chosen], [len(taken) for _, taken in chosen])
+    order = np.argsort(pieces, kind="stable")
+    return pieces[order], takers[order]
+
+
+def _tally(values: Ids) -> dict[int, int]:
+    """How often each value occurs."""
+    if values.size and (values == values[0]).all():
+        return {int(values[0]): values.size}
+    found, times = np.unique(values, return_counts=True)
+    return dict(zip(found.tolist(), times.tolist(), strict=True))
 
 
 def _reason(expression: Expression, requirement: Requirement) -> str:

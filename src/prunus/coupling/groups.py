@@ -94,8 +94,8 @@ class Coupling:
     @cached_property
     def consumers(self) -> frozenset[tuple[int, int]]:
         """``(held, dim)`` of every dim that a layer reads (a weight's input columns), rather than makes."""
-        read = {int(ids.flat[0]) for ids in self.trace.ledger.contracted}
-        made = {int(ids.flat[0]) for ids in self.trace.ledger.passed}
+        read = {ids.item(0) for ids in self.trace.ledger.contracted}
+        made = {ids.item(0) for ids in self.trace.ledger.passed}
         starts = {int(s): k for k, s in enumerate(self.axis_start)}
         chosen = [starts[s] for s in read - made if s in starts]
         return frozenset((int(self.axis_held[k]), int(self.axis_dim[k])) for k in chosen)
@@ -114,9 +114,14 @@ class Coupling:
     @cached_property
     def movable(self) -> NDArray[np.bool_]:
         """Which units are in a family, that is, may go."""
-        found = np.zeros(self.units.total, dtype=bool)
-        for family in self.families:
-            found[family.units] = True
+        return self.family_of_unit >= 0
+
+    @cached_property
+    def family_of_unit(self) -> Ids:
+        """The index of each unit's family (-1: it may not go)."""
+        found = np.full(self.units.total, -1, dtype=np.int64)
+        for k, family in enumerate(self.families):
+            found[family.units] = k
         return found
 
     @cached_property

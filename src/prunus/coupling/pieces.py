@@ -196,5 +196,5 @@ def _implications(ledger: Ledger, pieces: Pieces) -> tuple[Ids, Ids]:
 def reachable(pieces: Pieces) -> csr_matrix:
     """``effect`` classes of each ``cause`` class, as a sparse matrix."""
     count = int(pieces.classes.max()) + 1
-    ones = np.ones(pieces.cause.size, dtype=np.int8)
+    ones = np.ones(pieces.cause.size, dtype=np.int32)
     return coo_matrix((ones, (pieces.cause, pieces.effect)), shape=(count, count)).tocsr()

@@ -7,6 +7,7 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.sparse import coo_matrix
 
 from prunus.coupling.pieces import Pieces, reachable
 from prunus.labels import Freeze, Ids, Ledger
@@ -102,25 +103,27 @@ def _frozen_classes(pieces: Pieces, freezes: tuple[Freeze, ...]) -> Ids:
 def _takes(pieces: Pieces, stay: Ids) -> dict[int, Ids]:
     """For each fine atom that may go and takes more than itself: the pieces that go as a whole with it."""
     graph = reachable(pieces)
+    leading = np.flatnonzero((np.diff(graph.indptr) > 0)[pieces.classes] & (stay[pieces.fine] < 0))
+    if leading.size == 0:
+        return {}
+    fines, row = np.unique(pieces.fine[leading], return_inverse=True)
+    ones = np.ones(leading.size, dtype=np.int32)
+    reached = coo_matrix((ones, (row, pieces.classes[leading])), shape=(len(fines), graph.shape[0])).tocsr()
+    frontier = reached
+    while frontier.nnz:
+        grown = reached + frontier @ graph
+        grown.data[:] = 1
+        frontier = grown - reached
+        frontier.eliminate_zeros()
+        reached = grown
     order = np.argsort(pieces.classes, kind="stable")
     first = np.searchsorted(pieces.classes[order], np.arange(graph.shape[0] + 1))
-    has_edges = np.diff(graph.indptr) > 0
-    leading = np.flatnonzero(has_edges[pieces.classes])
     found: dict[int, Ids] = {}
-    by_fine: dict[int, set[int]] = {}
-    for piece in leading.tolist():
-        f = int(pieces.fine[piece])
-        if stay[f] < 0:
-            by_fine.setdefault(f, set()).add(int(pieces.classes[piece]))
-    for f, roots in by_fine.items():
-        seen, todo = set(roots), list(roots)
-        while todo:
-            node = todo.pop()
-            for nxt in graph.indices[graph.indptr[node] : graph.indptr[node + 1]].tolist():
-                if nxt not in seen:
-                    seen.add(nxt)
-                    todo.append(nxt)
-        members = np.concatenate([order[first[c] : first[c + 1]] for c in sorted(seen)])
+    for k, f in enumerate(fines.tolist()):
+        classes = reached.indices[reached.indptr[k] : reached.indptr[k + 1]]
+        lengths = first[classes + 1] - first[classes]
+        offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        members = order[np.repeat(first[classes], lengths) + offset]
         taken = np.sort(members[pieces.fine[members] != f])
         if taken.size:
             found[f] = taken

@@ -209,5 +209,5 @@ def _check_classes(yolo: YOLO, arguments: Arguments, classes: dict[int, str]) ->
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
+    text = str(error).replace("❌", "").strip() or type(error).__name__
     return text.splitlines()[0]
