@@ -42,5 +42,5 @@ __all__ = [
     "rule",
     "utils",
     "verify",
-    *functions.__all__,
 ]
+__all__ += functions.__all__

@@ -18,8 +18,14 @@ from torch.nn.modules.conv import _ConvNd
 
 from prunus.coupling import Coupling, Family, couple
 from prunus.errors import InputError, SurgeryError
-from prunus.functions import PruningFn, functions_for, is_in_channel_fn, is_out_channel_fn
-from prunus.functions import prune_parameter_in_channels, prune_parameter_out_channels
+from prunus.functions import (
+    PruningFn,
+    functions_for,
+    is_in_channel_fn,
+    is_out_channel_fn,
+    prune_parameter_in_channels,
+    prune_parameter_out_channels,
+)
 from prunus.importance import Member, members_of
 from prunus.importance.members import current_positions
 from prunus.labels import Ids
@@ -40,7 +46,11 @@ class Node:
 
     def __str__(self) -> str:
         kind = f"Parameter{tuple(self.module.shape)}" if isinstance(self.module, torch.Tensor) else str(self.module)
-        return f"{self.name} ({kind})" if len(kind) <= 100 and "\n" not in kind else f"{self.name} ({type(self.module).__name__})"
+        return (
+            f"{self.name} ({kind})"
+            if len(kind) <= 100 and "\n" not in kind
+            else f"{self.name} ({type(self.module).__name__})"
+        )
 
 
 @dataclass(frozen=True)
@@ -152,7 +162,9 @@ class Group:
 
     def has_pruning_op(self, dep: Dependency, idxs: Sequence[int]) -> bool:
         """Whether the group cuts these positions of that layer."""
-        return any(d.target.module is dep.target.module and d.handler is dep.handler and i == list(idxs) for d, i in self)
+        return any(
+            d.target.module is dep.target.module and d.handler is dep.handler and i == list(idxs) for d, i in self
+        )
 
     def plan(self, idxs: Sequence[int] | None = None) -> Plan:
         """The plan that removes the group (or, of its root, only ``idxs``)."""
@@ -214,7 +226,7 @@ class DependencyGraph:
         self._history: list[Plan] = []
         self.facts: tuple[Fact, ...] = ()
 
-    def build_dependency(
+    def build_dependency(  # noqa: PLR0913, PLR0917 - the signature that users know
         self,
         model: nn.Module,
         example_inputs: Inputs,
@@ -313,7 +325,7 @@ class DependencyGraph:
         cached = self._sides_by_coupling.get(id(self.coupling))
         if cached is None:
             cached = self._sides_by_coupling[id(self.coupling)] = self._find_sides()
-        return cached  # type: ignore[no-any-return]
+        return cached
 
     def _find_sides(self) -> Any:
         coupling = self.coupling
@@ -423,7 +435,7 @@ class DependencyGraph:
         visited = np.zeros(self.coupling.units.total, dtype=bool)
         movable = self.coupling.movable
         for side in self._sides[0]:
-            if side.handler is not None and is_in_channel_fn(side.handler):
+            if is_in_channel_fn(side.handler):
                 continue
             if not isinstance(side.node.module, tuple(root_module_types)) or id(side.node.module) in ignored:
                 continue

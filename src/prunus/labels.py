@@ -45,11 +45,11 @@ class Label(NamedTuple):
         return Label(self.ids, tuple(where[c] for c in self.context)) if self.context else self
 
     def over(self, context: Sequence[int]) -> Ids:
-        """The ids with one axis for each of ``context`` (size 1 where the label does not depend on it), then the dim."""
+        """The ids with one axis for each of ``context`` (size 1: it does not depend on it), then the dim."""
         order = [self.context.index(c) for c in context if c in self.context]
         ids = self.ids.transpose(*order, len(self.context))
         index = tuple(slice(None) if c in self.context else None for c in context)
-        return ids[(*index, slice(None))] if index else ids
+        return ids[index + (slice(None),)] if index else ids  # noqa: RUF005 - Python 3.10 has no star here
 
 
 def first_row(ids: Ids) -> Ids:
@@ -207,7 +207,8 @@ class Ledger:
             return
         runs = _runs(left.reshape(-1), right.reshape(-1))
         if len(runs) == 1:
-            self._add(*runs[0].tolist(), ONE_TO_ONE)
+            left_start, right_start, length = runs[0].tolist()
+            self._add(left_start, right_start, length, ONE_TO_ONE)
             return
         kinds = _overlaps(runs[:, 0], runs[:, 2]) * LEFT_IS_ONE + _overlaps(runs[:, 1], runs[:, 2]) * RIGHT_IS_ONE
         for (start, other, length), kind in zip(runs.tolist(), kinds.tolist(), strict=True):

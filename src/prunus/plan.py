@@ -112,7 +112,9 @@ class Plan:
                 continue
             left = np.delete(np.arange(old.size), old.positions)
             if len(left) != r.size:
-                raise SurgeryError(f"{r.tensor} dim {r.dim}: the first plan leaves {len(left)}, the second needs {r.size}")
+                raise SurgeryError(
+                    f"{r.tensor} dim {r.dim}: the first plan leaves {len(left)}, the second needs {r.size}"
+                )
             gone = sorted([*old.positions, *left[list(r.positions)].tolist()])
             merged[r.tensor, r.dim] = Removal(r.tensor, r.dim, old.size, tuple(gone))
         settings = {s.attribute: s for s in (*self.settings, *later.settings)}

@@ -89,7 +89,7 @@ class BasePruner:
         Linear(in_features=8, out_features=8, bias=True)
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913, PLR0917 - the signature that users know
         self,
         model: nn.Module,
         example_inputs: Inputs,
@@ -130,7 +130,10 @@ class BasePruner:
             raise NothingToPruneError(f"nothing in this model may be removed:\n{frozen_text(self.DG.coupling)}")
 
     def _check(self) -> None:
-        for name, value in (("pruning_ratio", self.pruning_ratio), *((str(k)[:40], v) for k, v in self._shares.items())):
+        for name, value in (
+            ("pruning_ratio", self.pruning_ratio),
+            *((str(k)[:40], v) for k, v in self._shares.items()),
+        ):
             if not 0 <= value < 1:
                 raise InputError(f"{name}={value!r}: the share to remove must be at least 0 and below 1")
         if not 0 < self.max_pruning_ratio <= 1:

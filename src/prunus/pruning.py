@@ -54,7 +54,7 @@ class PruneResult:
         return f"{render(table)}\n{macs:.1%} of the MACs and {params:.1%} of the parameters are left."
 
 
-def prune(
+def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     model: nn.Module,
     example_inputs: Inputs,
     target: Target | None = None,

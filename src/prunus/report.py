@@ -46,13 +46,9 @@ def layer_table(coupling: Coupling, before: Alive, after: Alive, dense: Footprin
         if old == new or (len(old) < 2 and "bias" in place.name):
             continue
         macs = (macs_before.get(place.module, 0), macs_after.get(place.module, 0)) if len(old) > 1 else (0, 0)
-        table.add_row(
-            held.name, _shape(old), _shape(new), _int(old), _int(new), *(f"{m:,}" if m else "" for m in macs)
-        )
+        table.add_row(held.name, _shape(old), _shape(new), _int(old), _int(new), *(f"{m:,}" if m else "" for m in macs))
     table.add_section()
-    table.add_row(
-        "whole model", "", "", f"{dense.params:,}", f"{now.params:,}", f"{dense.macs:,}", f"{now.macs:,}"
-    )
+    table.add_row("whole model", "", "", f"{dense.params:,}", f"{now.params:,}", f"{dense.macs:,}", f"{now.macs:,}")
     return table
 
 

@@ -141,8 +141,8 @@ def choose(rankings: Sequence[Ranking], policy: Policy) -> Ids:
     """The units to remove now, so that each family has lost its share of what it had at first."""
     keep = _kept_globally(rankings, policy) if policy.all_families_compete else _kept_locally(rankings, policy)
     chosen = [np.empty(0, dtype=np.int64)]
-    for ranking, kept in zip(rankings, keep, strict=True):
-        kept = _rounded(ranking, kept, policy.round_to)
+    for ranking, wanted in zip(rankings, keep, strict=True):
+        kept = _rounded(ranking, wanted, policy.round_to)
         chosen += ranking.bundles[: max(0, len(ranking.bundles) - kept)]
     return np.concatenate(chosen)
 

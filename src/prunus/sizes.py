@@ -8,9 +8,11 @@ was read from a shape), an attribute must be set, or (a plain number in the code
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -21,8 +23,11 @@ from prunus.labels import Ids, Labelled, Ledger, first_row
 
 SMALLEST = 2  # a size of 1 cannot be pruned, so it is never followed
 _HOUSEKEEPING = frozenset(
-    "kernel_size stride padding dilation output_padding _reversed_padding_repeated_twice num_layers padding_idx "
-    "output_size scale_factor start_dim end_dim dim training num_batches_tracked i f np".split()
+    [
+        *("kernel_size", "stride", "padding", "dilation", "output_padding", "_reversed_padding_repeated_twice"),
+        *("num_layers", "padding_idx", "output_size", "scale_factor", "start_dim", "end_dim", "dim", "training"),
+        *("i", "f", "np"),
+    ]
 )
 
 
@@ -79,6 +84,26 @@ def leaves(expression: Expression) -> Iterator[Attribute | Extent]:
         yield expression
 
 
+_ARITHMETIC: dict[str, Callable[[float, float], float]] = {
+    "+": operator.add,
+    "-": operator.sub,
+    "*": operator.mul,
+    "//": lambda left, right: left / right if right else float("nan"),
+}
+_INVERSE_LEFT: dict[str, Callable[[float, float], float]] = {  # x in: x operator right == value
+    "+": lambda value, right: value - right,
+    "-": lambda value, right: value + right,
+    "*": lambda value, right: value / right if right else float("nan"),
+    "//": lambda value, right: value * right,
+}
+_INVERSE_RIGHT: dict[str, Callable[[float, float], float]] = {  # x in: left operator x == value
+    "+": lambda value, left: value - left,
+    "-": lambda value, left: left - value,
+    "*": lambda value, left: value / left if left else float("nan"),
+    "//": lambda value, left: left / value if value else float("nan"),
+}
+
+
 def evaluate(expression: Expression, known: Lookup) -> float | None:
     """The value (``//`` divides exactly), or None if a leaf is unknown."""
     if isinstance(expression, int):
@@ -86,59 +111,22 @@ def evaluate(expression: Expression, known: Lookup) -> float | None:
     if not isinstance(expression, Binary):
         return known(expression)
     left, right = evaluate(expression.left, known), evaluate(expression.right, known)
-    if left is None or right is None:
-        return None
-    match expression.operator:
-        case "+":
-            return left + right
-        case "-":
-            return left - right
-        case "*":
-            return left * right
-    return left / right if right else None
+    return None if left is None or right is None else _ARITHMETIC[expression.operator](left, right)
 
 
 def solve(expression: Expression, value: float, known: Lookup) -> tuple[Attribute, float] | None:
     """The one unknown attribute that makes ``expression == value``, and its value."""
     while isinstance(expression, Binary):
         left, right = evaluate(expression.left, known), evaluate(expression.right, known)
-        if (left is None) == (right is None):
+        if left is None and right is not None:
+            value, expression = _INVERSE_LEFT[expression.operator](value, right), expression.left
+        elif right is None and left is not None:
+            value, expression = _INVERSE_RIGHT[expression.operator](value, left), expression.right
+        else:
             return None
-        inner = _invert_right(expression.operator, value, left) if right is None else None
-        if right is not None:
-            inner = _invert_left(expression.operator, value, right)
-        if inner is None:
-            return None
-        expression, value = (expression.left if left is None else expression.right), inner
-    if isinstance(expression, Attribute) and known(expression) is None:
+    if isinstance(expression, Attribute) and known(expression) is None and not isnan(value):
         return expression, value
     return None
-
-
-def _invert_left(operator: str, value: float, right: float) -> float | None:
-    """``x`` in ``x operator right == value``."""
-    match operator:
-        case "+":
-            return value - right
-        case "-":
-            return value + right
-        case "*":
-            return value / right if right else None
-    return value * right
-
-
-def _invert_right(operator: str, value: float, left: float | None) -> float | None:
-    """``x`` in ``left operator x == value``."""
-    if left is None:
-        return None
-    match operator:
-        case "+":
-            return value - left
-        case "-":
-            return left - value
-        case "*":
-            return value / left if left else None
-    return left / value if value else None
 
 
 class Size(int):
@@ -331,7 +319,7 @@ class PythonCall:
             if ints:
                 return [ints[0]]
         for found in self._sequences():
-            if len(found) == len(values) and all(a == v or a == -1 or v == -1 for a, v in zip(found, values, strict=True)):
+            if len(found) == len(values) and all(v == -1 or a in (v, -1) for a, v in zip(found, values, strict=True)):
                 return found
         return None
 

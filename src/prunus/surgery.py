@@ -247,7 +247,7 @@ def _mirror(model: nn.Module, mirror: Mirror) -> Change:
     tensor = model
     for name in mirror.tensor.split("."):
         tensor = getattr(tensor, name)
-    size = int(tensor.shape[mirror.dim])  # type: ignore[union-attr, index]
+    size = int(tensor.shape[mirror.dim])  # type: ignore[index]
     if size % mirror.divide:
         raise SurgeryError(f"{mirror.tensor} dim {mirror.dim} has size {size}, not a multiple of {mirror.divide}")
     return _swap_key(model.get_submodule(mirror.path).__dict__, mirror.name, size // mirror.divide)

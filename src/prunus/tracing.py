@@ -14,9 +14,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +31,9 @@ from prunus.sizes import PythonCall, mark_attributes, shape_of
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})
-_MAKES = frozenset("zeros ones full empty rand randn new_zeros new_ones new_full new_empty".split())
+_MAKES = frozenset(
+    ["zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"]
+)
 
 
 class Place(NamedTuple):
@@ -167,7 +171,7 @@ def _held_tensors(modules: Modules) -> tuple[list[Held], dict[int, int]]:
             for name, tensor in fields.items():
                 if not isinstance(tensor, torch.Tensor) or name.startswith("__"):
                     continue
-                if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
+                if is_lazy(tensor):
                     raise InputError(f"{path}.{name} is not initialised yet: run the model once before pruning it")
                 k = index.get(id(tensor))
                 if k is None:
@@ -206,7 +210,7 @@ class _Tracer(TorchDispatchMode):
     """Applies the rule of every op that runs."""
 
     def __init__(self, ledger: Ledger, held: Sequence[Held], index: dict[int, int], modules: Modules) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.ledger = ledger
         self.held = held
         self.events: list[Event] = []
@@ -468,8 +472,6 @@ def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tenso
 
 def axis_of(held: Sequence[Held]) -> tuple[Ids, Ids, Ids]:
     """For every used dim of every held tensor, sorted by first atom: the atom, the tensor's index, the dim."""
-    import numpy as np
-
     rows = [(start, k, d) for k, h in enumerate(held) for d, start in enumerate(h.starts) if start >= 0]
     table = np.array(sorted(rows), dtype=np.int64).reshape(-1, 3).T
     return table[0], table[1], table[2]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from math import prod
+from math import isnan, prod
 from typing import Any
 
 import numpy as np
@@ -163,7 +163,7 @@ def _move(coupling: Coupling, slices: Sequence[Any], rows: Ids, values: dict[str
         name = coupling.trace.held[part.held].name
         if name in values:
             order = torch.arange(coupling.trace.held[part.held].shape[part.dim])
-            order[torch.from_numpy(part.index.reshape(-1))] = torch.from_numpy(part.index[rows].reshape(-1))
+            order[torch.from_numpy(part.positions.reshape(-1))] = torch.from_numpy(part.positions[rows].reshape(-1))
             values[name] = values[name].index_select(part.dim, order.to(values[name].device))
 
 
@@ -176,7 +176,7 @@ def _distance(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor]) -> flo
         if a.numel():
             scale = max(float(a.abs().max()), 1e-6)
             error = float((a - b).abs().max()) / scale
-            worst = max(worst, error if error == error else float("inf"))
+            worst = max(worst, float("inf") if isnan(error) else error)
     return worst
 
 
@@ -219,8 +219,10 @@ def _silence(graph: DependencyGraph, values: dict[str, torch.Tensor], run: _Runn
         if held.name not in values:
             continue
         for dim, start in enumerate(held.starts):
-            places = np.flatnonzero(gone[start : start + held.shape[dim]]) if start >= 0 else []
-            if len(places):
+            places = (
+                np.flatnonzero(gone[start : start + held.shape[dim]]) if start >= 0 else np.empty(0, dtype=np.int64)
+            )
+            if places.size:
                 index = torch.from_numpy(places).to(values[held.name].device)
                 silent[held.name] = silent[held.name].index_fill(dim, index, 0)
     expected = run(silent)

@@ -19,7 +19,6 @@ from prunus.coupling.units import Units
 from prunus.labels import Ids, Ledger, Requirement, first_row
 from prunus.sizes import Attribute, Expression, Extent, evaluate, expression_of, leaves, solve
 
-
 TINY = 1e-6
 
 

@@ -114,7 +114,7 @@ def _partners(coupling: Coupling, atom: int) -> list[str]:
     came: dict[int, tuple[int, int]] = {start: (-1, -1)}
     todo = deque([start])
     fine = pieces.fine[start]
-    inside = np.flatnonzero((pieces.fine[pieces.left] == fine))
+    inside = np.flatnonzero(pieces.fine[pieces.left] == fine)
     links: dict[int, list[tuple[int, int]]] = {}
     for k in inside.tolist():
         a, b, step = int(pieces.left[k]), int(pieces.right[k]), int(pieces.step[k])

@@ -16,16 +16,15 @@ from prunus.labels import Ids
 from prunus.sizes import read_attribute
 from prunus.tracing import Trace, axis_of
 
-
 _NONE: Ids = np.empty(0, dtype=np.int64)
 
 
 class Slice(NamedTuple):
-    """How the units of a group cut one dim of one held tensor: ``index[u]`` are the positions of unit ``u``."""
+    """How the units of a group cut one dim of one held tensor: ``positions[u]`` are the positions of unit ``u``."""
 
     held: int
     dim: int
-    index: Ids
+    positions: Ids
 
 
 @dataclass(frozen=True)

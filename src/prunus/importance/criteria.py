@@ -16,6 +16,7 @@ from prunus.importance.members import Member
 
 Normalizer: TypeAlias = "str | Callable[[torch.Tensor], torch.Tensor] | None"
 
+TINY = 1e-12
 DEFAULT_TYPES: tuple[type, ...] = (nn.Module,)
 
 
@@ -131,26 +132,32 @@ def normalize(scores: torch.Tensor, how: Normalizer) -> torch.Tensor:
         return scores
     if callable(how):
         return how(scores)
-    tiny = 1e-12
-    if how == "sum":
-        return scores / (scores.sum() + tiny)
-    if how == "mean":
-        return scores / (scores.mean() + tiny)
-    if how == "max":
-        return scores / (scores.max() + tiny)
-    if how in ("standarization", "standardization"):
-        return (scores - scores.min()) / (scores.max() - scores.min() + tiny)
-    if how == "gaussian":
-        return (scores - scores.mean()) / (scores.std(correction=0) + tiny)
+    if how in _NORMALIZERS:
+        return _NORMALIZERS[how](scores)
     if how.startswith("sentinel_") and how.removeprefix("sentinel_").isdigit():
         rank = min(int(how.removeprefix("sentinel_")), len(scores)) - 1
-        return scores / (scores.sort(descending=True).values[max(rank, 0)] + tiny)
-    if how == "lamp":
-        order = scores.argsort(descending=True)
-        found = torch.empty_like(scores)
-        found[order] = scores[order] / (scores[order].cumsum(0) + tiny)
-        return found
-    raise InputError(
-        f"normalizer={how!r}: choose mean, sum, max, standarization, gaussian, lamp, sentinel_K, a callable or None"
-    )
+        return scores / (scores.sort(descending=True).values[max(rank, 0)] + TINY)
+    raise InputError(f"normalizer={how!r}: choose one of {', '.join(_NORMALIZERS)}, sentinel_K, a callable or None")
 
+
+def _lamp(scores: torch.Tensor) -> torch.Tensor:
+    """Lee et al. 2021 (arXiv 2010.07611): each score over the sum of those that are not smaller."""
+    order = scores.argsort(descending=True)
+    found = torch.empty_like(scores)
+    found[order] = scores[order] / (scores[order].cumsum(0) + TINY)
+    return found
+
+
+def _standardize(scores: torch.Tensor) -> torch.Tensor:
+    return (scores - scores.min()) / (scores.max() - scores.min() + TINY)
+
+
+_NORMALIZERS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sum": lambda s: s / (s.sum() + TINY),
+    "mean": lambda s: s / (s.mean() + TINY),
+    "max": lambda s: s / (s.max() + TINY),
+    "standarization": _standardize,
+    "standardization": _standardize,
+    "gaussian": lambda s: (s - s.mean()) / (s.std(correction=0) + TINY),
+    "lamp": _lamp,
+}

@@ -43,7 +43,7 @@ def members_of(coupling: Coupling, alive: NDArray[np.bool_], group: UnitGroup, u
     found = []
     for part in group.slices:
         held = coupling.trace.held[part.held]
-        index = current_positions(held, part.dim, alive, part.index[rows])
+        index = current_positions(held, part.dim, alive, part.positions[rows])
         owner = coupling.trace.model.get_submodule(held.places[0].module)
         tensor = getattr(owner, held.places[0].name)
         reads = (part.held, part.dim) in coupling.consumers

@@ -38,11 +38,11 @@ def contract(op: Op, operands: Sequence[Labelled], letters: Sequence[Sequence[in
     found: dict[int, Label | None] = {}
     size: dict[int, int] = {}
     for operand, names in zip(operands, letters, strict=True):
-        for name, n, label in zip(names, operand.shape, operand.dims, strict=True):
+        for name, n, own in zip(names, operand.shape, operand.dims, strict=True):
             if n == 1:
                 size.setdefault(name, 1)
                 continue
-            label = label.rename(names) if label is not None else None
+            label = own.rename(names) if own is not None else None
             found[name] = op.couple(found[name], label) if name in found else label
             size[name] = n
     for name, label in found.items():
@@ -102,7 +102,9 @@ def einsum(op: Op, equation: str, operands: Sequence[Labelled], **kwargs: Any) -
     """Any pattern without a repeated letter inside one operand."""
     left, arrow, right = equation.replace(" ", "").partition("->")
     terms = left.split(",")
-    dots = max((t.ndim - len(s.replace("...", "")) for s, t in zip(terms, operands, strict=True) if "..." in s), default=0)
+    dots = max(
+        (t.ndim - len(s.replace("...", "")) for s, t in zip(terms, operands, strict=True) if "..." in s), default=0
+    )
     names = [_letters(s, t.ndim, dots) for s, t in zip(terms, operands, strict=True)]
     flat = [n for term in names for n in term]
     if any(len(set(term)) < len(term) for term in names):

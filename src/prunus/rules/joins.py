@@ -35,7 +35,10 @@ def select_one(x: Labelled, dim: int, position: int) -> Dims:
     """The labels of ``x`` at one position of ``dim``, which is dropped."""
     kept = Labelled(x.shape, take(x, dim, slice(position, position + 1)))
     dims = tuple(
-        Label(d.ids.take(0, axis=d.context.index(dim)), tuple(c for c in d.context if c != dim))
+        Label(
+            d.ids.take([0], axis=d.context.index(dim)).squeeze(d.context.index(dim)),
+            tuple(c for c in d.context if c != dim),
+        )
         if d is not None and dim in d.context
         else d
         for d in kept.dims
@@ -233,8 +236,16 @@ def roll(op: Op, x: Labelled, shifts: Sequence[int], dims: Sequence[int] = ()) -
     return x.dims
 
 
-@rule(aten.constant_pad_nd, aten.pad, aten.reflection_pad1d, aten.reflection_pad2d, aten.reflection_pad3d,
-      aten.replication_pad1d, aten.replication_pad2d, aten.replication_pad3d)
+@rule(
+    aten.constant_pad_nd,
+    aten.pad,
+    aten.reflection_pad1d,
+    aten.reflection_pad2d,
+    aten.reflection_pad3d,
+    aten.replication_pad1d,
+    aten.replication_pad2d,
+    aten.replication_pad3d,
+)
 def pad(op: Op, x: Labelled, padding: Sequence[int], *args: Any, **kwargs: Any) -> Dims:
     """Passes along the dims that are not padded; a padded labelled dim has to stay."""
     for k in range(len(padding) // 2):

@@ -21,8 +21,15 @@ def _with_vectors(op: Op, label: Label | None, vectors: Sequence[Labelled | None
     return label
 
 
-@rule(aten.batch_norm, aten.instance_norm, aten.cudnn_batch_norm, aten.native_batch_norm,
-      aten._native_batch_norm_legit_no_training, aten._native_batch_norm_legit, aten._batch_norm_with_update)
+@rule(
+    aten.batch_norm,
+    aten.instance_norm,
+    aten.cudnn_batch_norm,
+    aten.native_batch_norm,
+    aten._native_batch_norm_legit_no_training,
+    aten._native_batch_norm_legit,
+    aten._batch_norm_with_update,
+)
 def batch_norm(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
     """Each channel is normalised by itself."""
     vectors = [a for a in args[:4] if isinstance(a, Labelled)]
@@ -64,7 +71,15 @@ def group_norm(
 
 @rule(aten.native_group_norm)
 def native_group_norm(
-    op: Op, x: Labelled, weight: Labelled | None, bias: Labelled | None, n: int, c: int, hxw: int, group: int, eps: float
+    op: Op,
+    x: Labelled,
+    weight: Labelled | None,
+    bias: Labelled | None,
+    n: int,
+    c: int,
+    hxw: int,
+    group: int,
+    eps: float,
 ) -> list[Dims | None]:
     """The kernel behind ``group_norm``."""
     return [_group_norm(op, x, group, weight, bias), None, None]

@@ -73,8 +73,10 @@ def combine(op: Op, tensors: list[Labelled], shape: tuple[int, ...]) -> Dims:
     if len(tensors) == 1 and tensors[0].shape == shape:
         return tensors[0].dims
     aligned = [_shifted(t, len(shape)) for t in tensors if t.shape]
-    return tuple(_combine_dim(op, size, [(t, d + len(t.shape) - len(shape)) for t in aligned]) if size > 1 else None
-                 for d, size in enumerate(shape))
+    return tuple(
+        _combine_dim(op, size, [(t, d + len(t.shape) - len(shape)) for t in aligned]) if size > 1 else None
+        for d, size in enumerate(shape)
+    )
 
 
 def _shifted(tensor: Labelled, ndim: int) -> Labelled:

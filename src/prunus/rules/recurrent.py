@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -82,9 +82,7 @@ def _stack(
     return [(*lead, signal), *finals]
 
 
-def _layer(
-    op: Op, x: Label | None, params: Sequence[Labelled], biased: bool, gates: int, steps: int
-) -> _Direction:
+def _layer(op: Op, x: Label | None, params: Sequence[Labelled], biased: bool, gates: int, steps: int) -> _Direction:
     """One layer in one direction: every gate's row j, the cell and the hidden state's j live together."""
     inputs, recurrent = params[0], params[1]
     biases = list(params[2:4]) if biased else []

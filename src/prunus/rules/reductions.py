@@ -45,7 +45,9 @@ def reduce(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims |
         op.averages(labels.dims[d])
         labels = Labelled(x.shape, without_context(op, labels, d))
     keep = bool(x.ndim) and len(op.shape) == x.ndim
-    order = [d if d not in gone else None for d in range(x.ndim)] if keep else [d for d in range(x.ndim) if d not in gone]
+    order = (
+        [d if d not in gone else None for d in range(x.ndim)] if keep else [d for d in range(x.ndim) if d not in gone]
+    )
     dims = move(labels, order)
     return dims if len(op.shapes) == 1 else [dims for _ in op.shapes]
 

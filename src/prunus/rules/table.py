@@ -11,7 +11,7 @@ each dim, never data), and an :class:`Op`, which knows the output shapes and tak
         "The two halves of the dim are paired: position k lives with position k + n/2."
 
 It returns one tuple of labels for each output (a bare tuple if there is one output; ``None`` means that no dim of the
-output is labelled). A rule may only tie, freeze, pin, make rows, balance, imply, require a size and count multiply-adds.
+output is labelled). A rule may only tie, freeze, pin, make rows, balance, imply, require a size and count MACs.
 What it cannot say, it freezes with a reason. Ops that PyTorch tags as pointwise need no entry; a composite op without
 an entry is decomposed and traced again; any other op without an entry freezes what flows into it and is reported.
 """

@@ -212,12 +212,12 @@ def _tie_foreign_order(op: Op, label: Label, dim: int, block: Block) -> None:
 
 def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
     """Independent dims merged: each pair is a new atom that goes when one of its causes goes."""
-    labels = [(d, x.dims[d]) for d in labelled]
+    labels = [x.dims[d] for d in labelled]
     shape = tuple(x.shape[d] for d in labelled)
     ids = op.ledger.fresh(int(np.prod(shape)))
     op.ledger.pin(ids, f"{op.name} merges two dimensions; a position goes only when its row or column goes")
     grid = ids.reshape(shape)
-    for axis, (dim, label) in enumerate(labels):
+    for axis, label in enumerate(labels):
         if label is None:
             continue
         if label.context:
@@ -229,7 +229,13 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
 
 
 def _split(
-    op: Op, x: Labelled, shape: Sequence[int], block: Block, leaf: _Leaf, home: dict[int, Block], out: list[Label | None]
+    op: Op,
+    x: Labelled,
+    shape: Sequence[int],
+    block: Block,
+    leaf: _Leaf,
+    home: dict[int, Block],
+    out: list[Label | None],
 ) -> None:
     """Lay the leaf's ids out over the output dims of its block and label them."""
     others: list[Block] = []
@@ -241,7 +247,7 @@ def _split(
     for axis in reversed(own):
         varies = ids.shape[axis] > 1 and not bool((ids == ids.take([0], axis=axis)).all())
         if not varies and len(block.outs) > 1:
-            ids, axes = ids.take(0, axis=axis), axes[:axis] + axes[axis + 1 :]
+            ids, axes = ids.take([0], axis=axis).squeeze(axis), axes[:axis] + axes[axis + 1 :]
     inner = [d for d in axes if d in block.outs]
     outside = tuple(d for d in axes if d not in block.outs)
     while len(inner) > 1:
