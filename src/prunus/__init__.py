@@ -8,7 +8,8 @@ from prunus import cost, functions, importance, pruner, utils
 from prunus._version import __version__
 from prunus.errors import InputError, NothingToPruneError, PrunusError, SurgeryError, TargetError
 from prunus.functions import *  # noqa: F403 - the prune_* family; functions.__all__ is the list
-from prunus.graph import Dependency, DependencyGraph, Group
+from prunus.graph import DependencyGraph
+from prunus.group import Dependency, Group
 from prunus.plan import Plan
 from prunus.pruning import PruneResult, prune
 from prunus.rules import rule

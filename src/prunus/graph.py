@@ -6,8 +6,6 @@ A thin face over the engine: the graph holds what tracing and coupling found and
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -20,91 +18,18 @@ from prunus.coupling import Coupling, Family, couple
 from prunus.errors import InputError, SurgeryError
 from prunus.functions import (
     PruningFn,
-    functions_for,
     is_in_channel_fn,
     is_out_channel_fn,
     prune_parameter_in_channels,
     prune_parameter_out_channels,
 )
-from prunus.importance import Member, members_of
-from prunus.importance.members import current_positions
+from prunus.group import Dependency, Group, GroupItem, Side, Sides, find_sides
+from prunus.importance import current_positions
 from prunus.labels import Ids
 from prunus.plan import Alive, Plan, everything_alive, make_plan
 from prunus.sizes import Fact
 from prunus.surgery import Receipt, apply
 from prunus.tracing import ForwardFn, Inputs, trace
-
-ROOT_TYPES: tuple[type, ...] = (_ConvNd, nn.Linear)
-
-
-@dataclass(frozen=True)
-class Node:
-    """A layer of the model, or one of its bare parameters."""
-
-    name: str
-    module: Any
-
-    def __str__(self) -> str:
-        kind = f"Parameter{tuple(self.module.shape)}" if isinstance(self.module, torch.Tensor) else str(self.module)
-        return (
-            f"{self.name} ({kind})"
-            if len(kind) <= 100 and "\n" not in kind
-            else f"{self.name} ({type(self.module).__name__})"
-        )
-
-
-@dataclass(frozen=True)
-class Dependency:
-    """``trigger`` on ``source`` makes ``handler`` on ``target`` necessary."""
-
-    trigger: PruningFn
-    handler: PruningFn
-    source: Node
-    target: Node
-
-    @property
-    def layer(self) -> Any:
-        """The layer that is cut."""
-        return self.target.module
-
-    @property
-    def pruning_fn(self) -> PruningFn:
-        """The function that cuts it."""
-        return self.handler
-
-    def is_triggered_by(self, fn: PruningFn) -> bool:
-        """Whether ``fn`` is what makes this cut necessary."""
-        return fn is self.trigger
-
-    def __str__(self) -> str:
-        return f"{self.trigger.__name__} on {self.source} => {self.handler.__name__} on {self.target}"
-
-
-@dataclass(frozen=True)
-class GroupItem:
-    """One layer of a group: unpacks into ``(dep, idxs)``; ``root_idxs[k]`` is the place in the root of ``idxs[k]``."""
-
-    dep: Dependency
-    idxs: list[int]
-    root_idxs: list[int]
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter((self.dep, self.idxs))
-
-    def __getitem__(self, k: int) -> Any:
-        return (self.dep, self.idxs)[k]
-
-    def __len__(self) -> int:
-        return 2
-
-
-@dataclass(frozen=True)
-class _Side:
-    """One side (what it makes, or what it reads) of one layer, with the tensors' dims that belong to it."""
-
-    node: Node
-    handler: PruningFn
-    dims: tuple[tuple[int, int], ...]
 
 
 def _shares(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> list[tuple[Ids, int, int, Ids]]:
@@ -117,91 +42,7 @@ def _shares(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_]
     return [(lane, quota, need, bundles) for lane, quota in zip(lanes, quotas, strict=True)]
 
 
-class Group:
-    """Slices that must go together.
-
-    Iterating gives items ``(dep, idxs)``, the root first; ``print(group)`` shows what triggers what; ``prune()`` cuts.
-    """
-
-    def __init__(self, graph: DependencyGraph, units: Ids, root: _Side) -> None:
-        self._graph = graph
-        self._root = root
-        self._alive = graph.alive
-        self.units = units
-
-    @property
-    def size(self) -> int:
-        """The number of units."""
-        return len(self.units)
-
-    @cached_property
-    def parts(self) -> Sequence[tuple[torch.Tensor, list[Member]]]:
-        """Units of one signature: their places in the group, and what they cut."""
-        coupling, alive = self._graph.coupling, self._alive
-        kinds = coupling.group_of_unit[self.units]
-        found = []
-        for k in np.unique(kinds[kinds >= 0]).tolist():
-            places = np.flatnonzero(kinds == k)
-            members = members_of(coupling, alive, coupling.groups[k], self.units[places])
-            found.append((torch.from_numpy(places), members))
-        return found
-
-    @cached_property
-    def items(self) -> list[GroupItem]:
-        """The layers that are cut, the root first, then in the order in which the model uses them."""
-        return self._graph._items(self.units, self._root, self._alive)
-
-    def __iter__(self) -> Iterator[GroupItem]:
-        return iter(self.items)
-
-    def __len__(self) -> int:
-        return len(self.items)
-
-    def __getitem__(self, k: int) -> GroupItem:
-        return self.items[k]
-
-    def has_pruning_op(self, dep: Dependency, idxs: Sequence[int]) -> bool:
-        """Whether the group cuts these positions of that layer."""
-        return any(
-            d.target.module is dep.target.module and d.handler is dep.handler and i == list(idxs) for d, i in self
-        )
-
-    def plan(self, idxs: Sequence[int] | None = None) -> Plan:
-        """The plan that removes the group (or, of its root, only ``idxs``)."""
-        return self._graph._plan(self._chosen(idxs))[0]
-
-    def prune(self, idxs: Sequence[int] | None = None, record_history: bool = True) -> Receipt:
-        """Cut every layer of the group at once.
-
-        Args:
-            idxs: positions of the root layer to remove, among those of the group (default: all of them).
-            record_history: keep the plan in :meth:`DependencyGraph.pruning_history`.
-
-        Raises:
-            SurgeryError: a layer would lose its last channel, or a part of the group may not go; nothing was changed.
-        """
-        return self._graph._prune(self._chosen(idxs), record_history)
-
-    __call__ = prune
-
-    def exec(self) -> Receipt:
-        """The old name of :meth:`prune`."""
-        return self.prune()
-
-    def _chosen(self, idxs: Sequence[int] | None) -> Ids:
-        if idxs is None:
-            return self.units
-        module, handler = self._root.node.module, self._root.handler
-        return self._graph.get_pruning_group(module, handler, idxs).units
-
-    def details(self) -> str:
-        """What triggers what, one "A => B" line for each step, ops between the layers included."""
-        from prunus.report import describe_group
-
-        return describe_group(self._graph, self)
-
-    def __str__(self) -> str:
-        return self.details()
+ROOT_TYPES: tuple[type, ...] = (_ConvNd, nn.Linear)
 
 
 class DependencyGraph:
@@ -222,6 +63,7 @@ class DependencyGraph:
 
     def __init__(self) -> None:
         self._coupling: Coupling | None = None
+        self._sides: Sides | None = None
         self._alive: Alive | None = None
         self._history: list[Plan] = []
         self.facts: tuple[Fact, ...] = ()
@@ -258,7 +100,7 @@ class DependencyGraph:
             raise InputError("customized_pruners are not supported: custom layers are traced like any other code")
         found = trace(getattr(model, "_orig_mod", model), example_inputs, forward_fn, output_transform)
         self._freeze(found, tuple(ignored_layers or ()), tuple(ignored_params or ()))
-        self._coupling = couple(found)
+        self._coupling, self._sides = couple(found), None
         self._alive = everything_alive(self._coupling)
         self._history = []
         return self
@@ -315,51 +157,19 @@ class DependencyGraph:
 
     # -- sides of layers ------------------------------------------------------------------------------------------
 
-    @cached_property
-    def _sides_by_coupling(self) -> dict[int, Any]:
-        return {}
-
     @property
-    def _sides(self) -> tuple[tuple[_Side, ...], dict[tuple[int, bool], _Side], dict[tuple[int, int], _Side]]:
-        """All sides in the order of use; by (layer, whether it reads); by tensor dim."""
-        cached = self._sides_by_coupling.get(id(self.coupling))
-        if cached is None:
-            cached = self._sides_by_coupling[id(self.coupling)] = self._find_sides()
-        return cached
+    def sides(self) -> Sides:
+        """The layers as the graph sees them."""
+        if self._sides is None:
+            self._sides = find_sides(self.coupling)
+        return self._sides
 
-    def _find_sides(self) -> Any:
-        coupling = self.coupling
-        modules = dict(self.model.named_modules(remove_duplicate=False))
-        dims: dict[tuple[int, bool], list[tuple[int, int]]] = {}
-        nodes: dict[int, Node] = {}
-        for k in range(len(coupling.axis_start)):
-            held, dim = int(coupling.axis_held[k]), int(coupling.axis_dim[k])
-            place = coupling.trace.held[held].places[0]
-            owner: Any = modules[place.module]
-            node = Node(place.module, owner)
-            if functions_for(owner) is None:
-                if place.kind != "parameter":
-                    continue
-                node = Node(place.full, getattr(owner, place.name))
-            elif dim >= 2:
-                continue
-            nodes[id(node.module)] = node
-            dims.setdefault((id(node.module), (held, dim) in coupling.consumers), []).append((held, dim))
-        by_layer, by_dim = {}, {}
-        for (module, reads), found in dims.items():
-            node = nodes[module]
-            pair = functions_for(node.module) or (prune_parameter_out_channels, prune_parameter_in_channels)
-            side = _Side(node, pair[1] if reads else pair[0], tuple(found))
-            by_layer[module, reads] = side
-            by_dim.update(dict.fromkeys(found, side))
-        return tuple(by_layer.values()), by_layer, by_dim
-
-    def _side(self, module: Any, fn: Callable[..., Any]) -> _Side:
+    def _side(self, module: Any, fn: Callable[..., Any]) -> Side:
         """The side of ``module`` that ``fn`` cuts."""
         reads = is_in_channel_fn(fn)
         if not reads and not is_out_channel_fn(fn):
             raise InputError(f"{fn!r} is no pruning function; pass one of prunus.prune_*_out_channels / _in_channels")
-        by_layer = self._sides[1]
+        by_layer = self.sides.by_layer
         side = by_layer.get((id(module), reads)) or by_layer.get((id(module), False))
         if side is None:
             inside = any(m is module for m in self.model.modules())
@@ -369,7 +179,7 @@ class DependencyGraph:
 
     # -- groups ---------------------------------------------------------------------------------------------------
 
-    def _living(self, side: _Side) -> tuple[Ids, Ids]:
+    def _living(self, side: Side) -> tuple[Ids, Ids]:
         """Atoms along a side that were not cut, and their units (positions are as the layer is now)."""
         held, dim = side.dims[0]
         start = self.coupling.trace.held[held].starts[dim]
@@ -434,7 +244,7 @@ class DependencyGraph:
         ignored = {id(m) for layer in ignored_layers or () if isinstance(layer, nn.Module) for m in layer.modules()}
         visited = np.zeros(self.coupling.units.total, dtype=bool)
         movable = self.coupling.movable
-        for side in self._sides[0]:
+        for side in self.sides.ordered:
             if is_in_channel_fn(side.handler):
                 continue
             if not isinstance(side.node.module, tuple(root_module_types)) or id(side.node.module) in ignored:
@@ -457,13 +267,13 @@ class DependencyGraph:
             return False
         return True
 
-    def _items(self, units: Ids, root: _Side, alive: Alive) -> list[GroupItem]:
+    def _items(self, units: Ids, root: Side, alive: Alive) -> list[GroupItem]:
         coupling = self.coupling
         gone = coupling.atoms_of(units)
         gone = gone[alive[gone]]
         place = {int(u): k for k, u in enumerate(units.tolist())}
-        _, _, by_dim = self._sides
-        order: dict[int, tuple[_Side, list[int], list[int]]] = {}
+        by_dim = self.sides.by_dim
+        order: dict[int, tuple[Side, list[int], list[int]]] = {}
         axis = np.searchsorted(coupling.axis_start, gone, side="right") - 1
         for k in np.unique(axis[axis >= 0]).tolist():
             held, dim = int(coupling.axis_held[k]), int(coupling.axis_dim[k])

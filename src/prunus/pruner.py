@@ -11,7 +11,8 @@ from torch import nn
 
 from prunus.coupling import Family, UnitGroup
 from prunus.errors import InputError, NothingToPruneError
-from prunus.graph import ROOT_TYPES, DependencyGraph, Group
+from prunus.graph import ROOT_TYPES, DependencyGraph
+from prunus.group import Group
 from prunus.importance import MagnitudeImportance
 from prunus.plan import Plan
 from prunus.report import frozen_text
@@ -35,7 +36,7 @@ def linear_scheduler(ratio: float, steps: int) -> list[float]:
 def score_with(graph: DependencyGraph, importance: Criterion) -> Callable[[UnitGroup], torch.Tensor | None]:
     """The criterion as a function of the engine's groups."""
     living = graph.coupling.alive_units(graph.alive)
-    sides = graph._sides[2]
+    sides = graph.sides.by_dim
 
     def score(group: UnitGroup) -> torch.Tensor | None:
         left = group.units[living[group.units]]
@@ -145,7 +146,7 @@ class BasePruner:
 
     def _makers(self, family: Family) -> list[Any]:
         """The layers that make the family's units."""
-        coupling, sides = self.DG.coupling, self.DG._sides[2]
+        coupling, sides = self.DG.coupling, self.DG.sides.by_dim
         groups = {int(k) for k in coupling.group_of_unit[family.units] if k >= 0}
         found = [sides.get((s.held, s.dim)) for k in sorted(groups) for s in coupling.groups[k].slices]
         return [s.node.module for s in found if s is not None and self.DG.is_out_channel_pruning_fn(s.handler)]
@@ -195,7 +196,7 @@ class BasePruner:
         return steps[min(self.current_step, self.iterative_steps)]
 
     def _root(self, units: Any) -> Any:
-        coupling, sides = self.DG.coupling, self.DG._sides[2]
+        coupling, sides = self.DG.coupling, self.DG.sides.by_dim
         groups = sorted({int(k) for k in coupling.group_of_unit[units] if k >= 0})
         return next(sides[s.held, s.dim] for k in groups for s in coupling.groups[k].slices if (s.held, s.dim) in sides)
 

@@ -17,7 +17,8 @@ from prunus.labels import surviving
 from prunus.plan import Alive, Footprint
 
 if TYPE_CHECKING:
-    from prunus.graph import DependencyGraph, Group, GroupItem
+    from prunus.graph import DependencyGraph
+    from prunus.group import Group, GroupItem
 
 
 def render(table: Table, width: int = 120) -> str:
@@ -125,7 +126,7 @@ def _walk(graph: DependencyGraph, group: Group, items: Mapping[int, GroupItem]) 
         for event in events
     ]
     layer_of: dict[int, list[GroupItem]] = {}
-    by_dim = graph._sides[2]
+    by_dim = graph.sides.by_dim
     for step, event in enumerate(events):
         sides = {
             id(side.node.module): side

@@ -119,7 +119,7 @@ class _Runner:
         self.model, self.inputs, self.forward_fn, self.output_transform = model, inputs, forward_fn, output_transform
 
     def __call__(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        from prunus.cost.untouched import untouched
+        from prunus.untouched import untouched
 
         with untouched(self.model), torch.no_grad(), borrowed(self.model, values):
             output = call_model(self.model, self.inputs, self.forward_fn)

@@ -26,8 +26,8 @@ from torch.nn.parameter import UninitializedParameter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.cost.formulas import MACS, OPERATIONS
-from prunus.cost.untouched import untouched
 from prunus.errors import InputError
+from prunus.untouched import untouched
 
 __all__ = ["Cost", "call", "count", "count_ops_and_params", "count_params"]
 

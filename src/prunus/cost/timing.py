@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from prunus.cost.counting import call
-from prunus.cost.untouched import untouched
 from prunus.errors import InputError
+from prunus.untouched import untouched
 
 __all__ = ["latency"]
 

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from prunus.coupling.bundles import Bundling, Family, find_bundles
 from prunus.coupling.pieces import Pieces, cut_into_pieces
 from prunus.coupling.units import Units, find_units
+from prunus.held import axis_of
 from prunus.labels import Ids
 from prunus.sizes import read_attribute
-from prunus.tracing import Trace, axis_of
+from prunus.tracing import Trace
 
 _NONE: Ids = np.empty(0, dtype=np.int64)
 

@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunus.coupling import Coupling, UnitGroup
+from prunus.held import Held
 from prunus.labels import Ids
-from prunus.tracing import Held
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,214 @@
+"""Groups as users know them: items ``(dep, idxs)``, the root first."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from prunus.coupling import Coupling
+from prunus.functions import PruningFn, functions_for, prune_parameter_in_channels, prune_parameter_out_channels
+from prunus.importance import Member, members_of
+from prunus.labels import Ids
+from prunus.plan import Plan
+from prunus.surgery import Receipt
+
+if TYPE_CHECKING:
+    from prunus.graph import DependencyGraph
+
+
+@dataclass(frozen=True)
+class Node:
+    """A layer of the model, or one of its bare parameters."""
+
+    name: str
+    module: Any
+
+    def __str__(self) -> str:
+        kind = f"Parameter{tuple(self.module.shape)}" if isinstance(self.module, torch.Tensor) else str(self.module)
+        return (
+            f"{self.name} ({kind})"
+            if len(kind) <= 100 and "\n" not in kind
+            else f"{self.name} ({type(self.module).__name__})"
+        )
+
+
+@dataclass(frozen=True)
+class Dependency:
+    """``trigger`` on ``source`` makes ``handler`` on ``target`` necessary."""
+
+    trigger: PruningFn
+    handler: PruningFn
+    source: Node
+    target: Node
+
+    @property
+    def layer(self) -> Any:
+        """The layer that is cut."""
+        return self.target.module
+
+    @property
+    def pruning_fn(self) -> PruningFn:
+        """The function that cuts it."""
+        return self.handler
+
+    def is_triggered_by(self, fn: PruningFn) -> bool:
+        """Whether ``fn`` is what makes this cut necessary."""
+        return fn is self.trigger
+
+    def __str__(self) -> str:
+        return f"{self.trigger.__name__} on {self.source} => {self.handler.__name__} on {self.target}"
+
+
+@dataclass(frozen=True)
+class GroupItem:
+    """One layer of a group: unpacks into ``(dep, idxs)``; ``root_idxs[k]`` is the place in the root of ``idxs[k]``."""
+
+    dep: Dependency
+    idxs: list[int]
+    root_idxs: list[int]
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter((self.dep, self.idxs))
+
+    def __getitem__(self, k: int) -> Any:
+        return (self.dep, self.idxs)[k]
+
+    def __len__(self) -> int:
+        return 2
+
+
+@dataclass(frozen=True)
+class Side:
+    """One side (what it makes, or what it reads) of one layer, with the tensors' dims that belong to it."""
+
+    node: Node
+    handler: PruningFn
+    dims: tuple[tuple[int, int], ...]
+
+
+class Sides(NamedTuple):
+    """All sides of all layers, in the order of use; by (layer, whether it reads); by tensor dim."""
+
+    ordered: tuple[Side, ...]
+    by_layer: Mapping[tuple[int, bool], Side]
+    by_dim: Mapping[tuple[int, int], Side]
+
+
+def find_sides(coupling: Coupling) -> Sides:
+    """Which tensor dims belong to which side of which layer."""
+    modules = dict(coupling.trace.model.named_modules(remove_duplicate=False))
+    dims: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+    nodes: dict[int, Node] = {}
+    for k in range(len(coupling.axis_start)):
+        held, dim = int(coupling.axis_held[k]), int(coupling.axis_dim[k])
+        place = coupling.trace.held[held].places[0]
+        owner: Any = modules[place.module]
+        node = Node(place.module, owner)
+        if functions_for(owner) is None:
+            if place.kind != "parameter":
+                continue
+            node = Node(place.full, getattr(owner, place.name))
+        elif dim >= 2:
+            continue
+        nodes[id(node.module)] = node
+        dims.setdefault((id(node.module), (held, dim) in coupling.consumers), []).append((held, dim))
+    by_layer, by_dim = {}, {}
+    for (module, reads), found in dims.items():
+        node = nodes[module]
+        pair = functions_for(node.module) or (prune_parameter_out_channels, prune_parameter_in_channels)
+        side = Side(node, pair[1] if reads else pair[0], tuple(found))
+        by_layer[module, reads] = side
+        by_dim.update(dict.fromkeys(found, side))
+    return Sides(tuple(by_layer.values()), by_layer, by_dim)
+
+
+class Group:
+    """Slices that must go together.
+
+    Iterating gives items ``(dep, idxs)``, the root first; ``print(group)`` shows what triggers what; ``prune()`` cuts.
+    """
+
+    def __init__(self, graph: DependencyGraph, units: Ids, root: Side) -> None:
+        self._graph = graph
+        self._root = root
+        self._alive = graph.alive
+        self.units = units
+
+    @property
+    def size(self) -> int:
+        """The number of units."""
+        return len(self.units)
+
+    @cached_property
+    def parts(self) -> Sequence[tuple[torch.Tensor, list[Member]]]:
+        """Units of one signature: their places in the group, and what they cut."""
+        coupling, alive = self._graph.coupling, self._alive
+        kinds = coupling.group_of_unit[self.units]
+        found = []
+        for k in np.unique(kinds[kinds >= 0]).tolist():
+            places = np.flatnonzero(kinds == k)
+            members = members_of(coupling, alive, coupling.groups[k], self.units[places])
+            found.append((torch.from_numpy(places), members))
+        return found
+
+    @cached_property
+    def items(self) -> list[GroupItem]:
+        """The layers that are cut, the root first, then in the order in which the model uses them."""
+        return self._graph._items(self.units, self._root, self._alive)
+
+    def __iter__(self) -> Iterator[GroupItem]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, k: int) -> GroupItem:
+        return self.items[k]
+
+    def has_pruning_op(self, dep: Dependency, idxs: Sequence[int]) -> bool:
+        """Whether the group cuts these positions of that layer."""
+        return any(
+            d.target.module is dep.target.module and d.handler is dep.handler and i == list(idxs) for d, i in self
+        )
+
+    def plan(self, idxs: Sequence[int] | None = None) -> Plan:
+        """The plan that removes the group (or, of its root, only ``idxs``)."""
+        return self._graph._plan(self._chosen(idxs))[0]
+
+    def prune(self, idxs: Sequence[int] | None = None, record_history: bool = True) -> Receipt:
+        """Cut every layer of the group at once.
+
+        Args:
+            idxs: positions of the root layer to remove, among those of the group (default: all of them).
+            record_history: keep the plan in :meth:`DependencyGraph.pruning_history`.
+
+        Raises:
+            SurgeryError: a layer would lose its last channel, or a part of the group may not go; nothing was changed.
+        """
+        return self._graph._prune(self._chosen(idxs), record_history)
+
+    __call__ = prune
+
+    def exec(self) -> Receipt:
+        """The old name of :meth:`prune`."""
+        return self.prune()
+
+    def _chosen(self, idxs: Sequence[int] | None) -> Ids:
+        if idxs is None:
+            return self.units
+        module, handler = self._root.node.module, self._root.handler
+        return self._graph.get_pruning_group(module, handler, idxs).units
+
+    def details(self) -> str:
+        """What triggers what, one "A => B" line for each step, ops between the layers included."""
+        from prunus.report import describe_group
+
+        return describe_group(self._graph, self)
+
+    def __str__(self) -> str:
+        return self.details()

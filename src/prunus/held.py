@@ -1,0 +1,93 @@
+"""The tensors that a model keeps, and where the atoms of their dims begin."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+
+from prunus.errors import InputError
+from prunus.labels import Ids
+
+
+class Place(NamedTuple):
+    """Where a tensor hangs: ``module`` (its path) and ``name`` in it; ``kind`` is parameter, buffer or attribute."""
+
+    module: str
+    name: str
+    kind: str
+
+    @property
+    def full(self) -> str:
+        """The dotted name in the model."""
+        return f"{self.module}.{self.name}" if self.module else self.name
+
+
+@dataclass(frozen=True)
+class Held:
+    """A tensor that the model keeps, every place where it hangs, and the first atom of each of its dims (-1: none)."""
+
+    tensor: torch.Tensor
+    places: Sequence[Place]
+    shape: tuple[int, ...]
+    starts: list[int]
+
+    @property
+    def name(self) -> str:
+        """The dotted name of its first place."""
+        return self.places[0].full
+
+
+Modules = list[tuple[str, nn.Module]]  # every path of every module
+
+
+def held_tensors(modules: Modules) -> tuple[list[Held], dict[int, int]]:
+    """Every tensor the model keeps, once, and the index of each by identity.
+
+    Two parameters over the same memory are one tensor by two names.
+    """
+    held: list[Held] = []
+    index: dict[int, int] = {}
+    by_memory: dict[int, list[int]] = {}
+    places: list[list[Place]] = []
+    for path, module in modules:
+        kinds = (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", module.__dict__))
+        for kind, fields in kinds:
+            for name, tensor in fields.items():
+                if not isinstance(tensor, torch.Tensor) or name.startswith("__"):
+                    continue
+                if is_lazy(tensor):
+                    raise InputError(f"{path}.{name} is not initialised yet: run the model once before pruning it")
+                k = index.get(id(tensor))
+                if k is None:
+                    twins = by_memory.setdefault(_address(tensor), [])
+                    k = next((t for t in twins if _same_view(held[t].tensor, tensor)), len(held))
+                    index[id(tensor)] = k
+                    if k == len(held):
+                        twins.append(k)
+                        places.append([])
+                        held.append(Held(tensor, places[k], tuple(tensor.shape), [-1] * tensor.dim()))
+                places[k].append(Place(path, name, kind))
+    return held, index
+
+
+def _address(tensor: torch.Tensor) -> int:
+    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
+        return -id(tensor)
+    return tensor.data_ptr()
+
+
+def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+
+
+def axis_of(held: Sequence[Held]) -> tuple[Ids, Ids, Ids]:
+    """For every used dim of every held tensor, sorted by first atom: the atom, the tensor's index, the dim."""
+    rows = [(start, k, d) for k, h in enumerate(held) for d, start in enumerate(h.starts) if start >= 0]
+    table = np.array(sorted(rows), dtype=np.int64).reshape(-1, 3).T
+    return table[0], table[1], table[2]

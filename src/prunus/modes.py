@@ -1,0 +1,216 @@
+"""The two modes that see what a model does: the torch functions its code calls, and the ATen ops that run."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunus.held import Held, Modules
+from prunus.labels import Dims, Label, Labelled, Ledger, unlabelled
+from prunus.rules import Op, lookup
+from prunus.rules.table import Rule
+from prunus.sizes import PythonCall, shape_of
+
+MARK = "_prunus_labels"
+_GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
+_COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})
+_MAKES = frozenset(
+    ["zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"]
+)
+
+
+class Event(NamedTuple):
+    """One recorded op: its name, the module in whose forward it ran, what it read, and its output's labels."""
+
+    name: str
+    module: str
+    sources: tuple[int, ...]  # steps (>= 0) and held tensors (-2 - index)
+    outputs: tuple[Dims | None, ...]
+
+
+class _Entry(NamedTuple):
+    """What to do with an op, decided once."""
+
+    name: str
+    rule: Rule | None
+    composite: bool
+    makes: bool
+
+
+class Tracer(TorchDispatchMode):
+    """Applies the rule of every op that runs."""
+
+    def __init__(self, ledger: Ledger, held: Sequence[Held], index: dict[int, int], modules: Modules) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.ledger = ledger
+        self.held = held
+        self.events: list[Event] = []
+        self.unsupported: dict[str, list[str]] = {}
+        self.call = PythonCall(None, (), {})
+        self._modules = {id(m): path for path, m in modules}
+        self._stack: list[str] = [""]
+        self._entries: dict[Any, _Entry] = {}
+        self._known: dict[int, Labelled] = {}
+        self._index = index
+
+    @contextmanager
+    def following_modules(self) -> Iterator[None]:
+        """Know, during the run, in which module's forward an op runs."""
+
+        def enter(module: nn.Module, args: Any) -> None:
+            self._stack.append(self._modules.get(id(module), self._stack[-1]))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            self._stack.pop()
+
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def labels_of(self, tensor: torch.Tensor) -> Labelled:
+        """What is known of a tensor."""
+        found: Labelled | None = tensor.__dict__.get(MARK)
+        if found is None:
+            found = self._known.get(id(tensor))
+        if found is None:
+            index = self._index.get(id(tensor))
+            if index is None:
+                return unlabelled(tensor.shape)
+            found = self._known[id(tensor)] = self._held_labels(index)
+        return found
+
+    def _held_labels(self, index: int) -> Labelled:
+        """Fresh atoms for the dims of a tensor that the model keeps, at its first use."""
+        held = self.held[index]
+        dims: list[Label | None] = []
+        for d, size in enumerate(held.shape):
+            if held.starts[d] < 0 and size > 1:
+                held.starts[d] = self.ledger.size
+                dims.append(Label(self.ledger.fresh(size)))
+            else:
+                dims.append(self._again(held, d) if size > 1 else None)
+        if not held.tensor.is_floating_point() and not held.tensor.is_complex():
+            self.ledger.step = len(self.events)
+            for label in dims:
+                if label is not None:
+                    self.ledger.freeze(label.ids, f"{held.name} holds integers, which are read by position")
+        return Labelled(held.shape, tuple(dims), -2 - index)
+
+    def _again(self, held: Held, d: int) -> Label:
+        for known in self._known.values():
+            label = known.dims[d] if d < len(known.dims) else None
+            if label is not None and int(label.ids.flat[0]) == held.starts[d]:
+                return label
+        raise AssertionError(f"{held.name}: atoms without a label")
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        entry = self._entries.get(func) or self._classify(func)
+        if entry.composite:
+            with self:
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
+        result = func(*args, **kwargs)
+        self._record(entry, func, args, kwargs, result)
+        return result
+
+    def _classify(self, func: Any) -> _Entry:
+        rule = lookup(func)
+        composite = rule is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        )
+        name = func.overloadpacket.__name__
+        entry = _Entry(name.rstrip("_") or name, rule, composite, name in _MAKES)
+        self._entries[func] = entry
+        return entry
+
+    def _record(self, entry: _Entry, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        inputs: list[Labelled] = []
+        lowered = [self._lower(a, inputs) for a in args]
+        named = {k: self._lower(v, inputs) for k, v in kwargs.items()} if kwargs else {}
+        if not entry.makes and not any(i.labelled for i in inputs):
+            return
+        outputs = [r for r in result if isinstance(r, torch.Tensor)] if isinstance(result, (tuple, list)) else [result]
+        outputs = [r for r in outputs if isinstance(r, torch.Tensor)]
+        self.ledger.step = len(self.events)
+        op = Op(entry.name, self.ledger, inputs, [tuple(r.shape) for r in outputs], self.call)
+        found = self._apply(entry, op, lowered, named)
+        labels = found if isinstance(found, list) else [found]
+        for tensor, dims in zip(outputs, labels, strict=False):
+            if dims is not None:
+                setattr(tensor, MARK, Labelled(tuple(tensor.shape), dims, len(self.events)))
+        sources = tuple(i.source for i in inputs if i.source != -1)
+        self.events.append(Event(entry.name, self._stack[-1], sources, tuple(labels)))
+
+    def _apply(self, entry: _Entry, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        """The rule's answer; an op without a rule, or one whose rule fails on it, freezes what flows into it."""
+        reason = f"no rule for {entry.name}"
+        if entry.rule is not None:
+            try:
+                return entry.rule(op, *args, **kwargs)
+            except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
+                reason = f"the rule for {entry.name} cannot read this call ({type(error).__name__}: {error})"
+        for tensor in op.inputs:
+            op.freeze(tensor.dims, reason)
+        self.unsupported.setdefault(reason.removeprefix("no rule for "), []).append(self._stack[-1])
+        return [None] * len(op.shapes)
+
+    def _lower(self, value: Any, inputs: list[Labelled]) -> Any:
+        if isinstance(value, torch.Tensor):
+            labelled = self.labels_of(value)
+            inputs.append(labelled)
+            return labelled
+        if isinstance(value, (list, tuple)) and value and any(isinstance(v, (torch.Tensor, type(None))) for v in value):
+            return [self._lower(v, inputs) for v in value]
+        return value
+
+
+class FunctionMode(TorchFunctionMode):
+    """Sees the torch functions that Python code calls."""
+
+    def __init__(self, tracer: Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tracer = self.tracer
+        if func == _GET_SHAPE or func is torch.Tensor.size:
+            labelled = tracer.labels_of(args[0])
+            if not labelled.labelled:
+                return func(*args, **kwargs)
+            shape = shape_of(labelled, tracer.ledger)
+            dim = args[1] if len(args) > 1 else kwargs.get("dim")
+            return shape if dim is None else shape[dim]
+        if func in _COMPOSED_IN_PYTHON:
+            with self:
+                return _unguarded(func)(*args, **kwargs)
+        before, tracer.call = tracer.call, PythonCall(func, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            tracer.call = before
+
+
+def _unguarded(func: types.FunctionType) -> Callable[..., Any]:
+    """A copy of a torch function written in Python that does not hand itself over to the mode a second time."""
+    never = {name: _never for name in func.__globals__ if name.startswith("has_torch_function")}
+    copy = types.FunctionType(func.__code__, {**func.__globals__, **never}, func.__name__, func.__defaults__)
+    copy.__kwdefaults__ = func.__kwdefaults__
+    return copy
+
+
+def _never(*args: Any) -> bool:
+    return False
