@@ -37,6 +37,7 @@ test: $(MADE)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 demo: $(MADE)
+	rm -rf runs/demo
 	$(BIN)/prunus yolo --model yolov8n.yaml --data shapes --macs 0.5 --imgsz 160 --out runs/demo
 
 bench: $(MADE_BENCH)

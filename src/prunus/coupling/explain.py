@@ -75,15 +75,18 @@ def explain(coupling: Coupling, layer: nn.Module | str) -> str:
             raise InputError(f"{type(layer).__name__} is not part of the model that was traced")
     else:
         name = layer
-    lines = [f"{name or 'the model'}:"]
-    for k in range(len(coupling.axis_start)):
-        held = coupling.trace.held[int(coupling.axis_held[k])]
-        names = [p.full for p in held.places] + [p.module for p in held.places]
-        if name in names or any(n.startswith(f"{name}.") for n in names[: len(held.places)]):
-            lines += _explain_axis(coupling, k)
-    if len(lines) == 1:
+    axes = [k for k in range(len(coupling.axis_start)) if _belongs(coupling, k, name)]
+    if not axes:
         raise InputError(f"{name!r} holds no tensor that was used while tracing; check the name with named_modules()")
-    return "\n".join(lines)
+    weights = [k for k in axes if len(coupling.trace.held[int(coupling.axis_held[k])].shape) > 1]
+    lines = [line for k in weights or axes for line in _explain_axis(coupling, k)]
+    return "\n".join([f"{name or 'the model'}:", *lines])
+
+
+def _belongs(coupling: Coupling, axis: int, name: str) -> bool:
+    """Whether a dim is one of the tensor ``name``, or of a tensor inside the module ``name``."""
+    places = coupling.trace.held[int(coupling.axis_held[axis])].places
+    return any(p.full == name or f"{p.module}.".startswith(f"{name}.") or not name for p in places)
 
 
 def _explain_axis(coupling: Coupling, axis: int) -> list[str]:
@@ -108,7 +111,7 @@ def _explain_axis(coupling: Coupling, axis: int) -> list[str]:
 
 
 def _partners(coupling: Coupling, atom: int) -> list[str]:
-    """The tensors' dims that are tied to an atom, each with the ops along the shortest path of ties."""
+    """The layers that are tied to an atom: their tensors' dims, and the ops along the shortest path of ties."""
     pieces = coupling.pieces
     start = int(pieces.of(np.array([atom]))[0])
     came: dict[int, tuple[int, int]] = {start: (-1, -1)}
@@ -120,18 +123,19 @@ def _partners(coupling: Coupling, atom: int) -> list[str]:
         a, b, step = int(pieces.left[k]), int(pieces.right[k]), int(pieces.step[k])
         links.setdefault(a, []).append((b, step))
         links.setdefault(b, []).append((a, step))
-    found: dict[str, None] = {}
+    found: dict[str, tuple[list[str], str]] = {}
     while todo:
         piece = todo.popleft()
         axis = int(coupling.axis_of_piece[piece])
         if axis >= 0 and piece != start:
-            held = coupling.trace.held[int(coupling.axis_held[axis])]
-            found[f"{held.name} dim {int(coupling.axis_dim[axis])}, through {_path(coupling, came, piece)}"] = None
+            place = coupling.trace.held[int(coupling.axis_held[axis])].places[0]
+            tensors, _ = found.setdefault(place.module, ([], _path(coupling, came, piece)))
+            tensors.append(f"{place.name} dim {int(coupling.axis_dim[axis])}")
         for other, step in links.get(piece, ()):
             if other not in came:
                 came[other] = (piece, step)
                 todo.append(other)
-    return list(found)
+    return [f"{module}: {', '.join(dict.fromkeys(names))}; through {path}" for module, (names, path) in found.items()]
 
 
 def _path(coupling: Coupling, came: dict[int, tuple[int, int]], piece: int) -> str:
