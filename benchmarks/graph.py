@@ -93,7 +93,7 @@ def all_groups(library: ModuleType, model: nn.Module, inputs: Tensor) -> int:
 
 
 def forward(model: nn.Module, inputs: Tensor) -> None:
-    with torch.inference_mode():
+    with torch.no_grad():  # not inference mode: YOLO heads cache tensors, which Torch-Pruning then cannot trace
         model(inputs)
 
 

@@ -24,12 +24,12 @@ LONGER_FOR_A_REASON: dict[str, str] = {}
 LEVELS = [
     {"errors", "labels", "_version"},
     {"rules"},
-    {"sizes", "tracing"},
+    {"sizes", "held", "modes", "untouched", "tracing"},
     {"coupling"},
     {"plan"},
     {"surgery", "cost", "importance", "functions"},
     {"selection", "regularize", "recover", "recipe", "report"},
-    {"graph", "pruner", "pruning", "verification", "utils"},
+    {"group", "graph", "pruner", "pruning", "verification", "utils"},
     {"integrations"},
     {"cli", "__main__"},
 ]
@@ -140,10 +140,19 @@ def test_no_drawers_and_no_asserts_for_users(path) -> None:
     assert not lines, f"assert in lines {lines}: raise one of prunus.errors"
 
 
+def functions_in(path: Path) -> list[ast.FunctionDef]:
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+
+
 def asserts(function: ast.FunctionDef, helpers: set[str]) -> bool:
-    """Say whether a test asserts: by itself, by pytest.raises, by a testing function, or by a helper that does."""
+    """Say whether a test asserts: by itself, by pytest.raises, by a testing function, or by a helper that does.
+
+    A fixture that returns such a helper counts as one.
+    """
     for node in ast.walk(function):
         if isinstance(node, ast.Assert):
+            return True
+        if isinstance(node, ast.Return) and isinstance(node.value, ast.Name) and node.value.id in helpers:
             return True
         if isinstance(node, ast.Call):
             called = ast.unparse(node.func)
@@ -154,10 +163,12 @@ def asserts(function: ast.FunctionDef, helpers: set[str]) -> bool:
 
 @pytest.mark.parametrize("path", TESTS, ids=relative)
 def test_every_test_asserts(path) -> None:
-    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    functions = functions_in(path)
+    shared = [conftest for folder in path.parents if (conftest := folder / "conftest.py").exists()]
     helpers: set[str] = set()
     while True:  # a helper may assert through another helper
-        more = {one.name for one in functions if not one.name.startswith("test_") and asserts(one, helpers)}
+        known = [*functions, *(one for conftest in shared for one in functions_in(conftest))]
+        more = {one.name for one in known if not one.name.startswith("test_") and asserts(one, helpers)}
         if more <= helpers:
             break
         helpers |= more
