@@ -93,11 +93,11 @@ def test_the_graph_is_right_and_reaches_the_parameters(case: tuple[nn.Module, Te
 def test_half_is_cut_counted_trained_and_undone(case: tuple[nn.Module, Tensor, float]) -> None:
     """At half of every group the model runs and trains, costs what the plan says, and undo restores every bit."""
     model, inputs, _ = case
+    with torch.no_grad():
+        reference = [t.clone() for t in tensors_in(model(inputs))]
+    shapes = [t.shape for t in reference]
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     attributes = _sizes(model)
-    with torch.no_grad():
-        shapes = [t.shape for t in tensors_in(model(inputs))]
-        reference = [t.clone() for t in tensors_in(model(inputs))]
 
     result = prunus.prune(model, inputs, prunus.Target(ratio=0.5))
 

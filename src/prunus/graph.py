@@ -214,11 +214,12 @@ class DependencyGraph:
         _, first = np.unique(units, return_index=True)
         units = units[np.sort(first)]
         touched = np.unique(coupling.family_of_unit[units])
-        families = [coupling.families[k] for k in touched.tolist() if k >= 0 and len(coupling.families[k].lanes) > 1]
-        if not families:
-            return units
         chosen = np.zeros(coupling.units.total, dtype=bool)
         chosen[units] = True
+        families = [f for k in touched.tolist() if k >= 0 and len((f := coupling.families[k]).lanes) > 1]
+        families = [f for f in families if not chosen[f.units].all()]
+        if not families:
+            return units
         living = coupling.alive_units(self.alive)
         extra = [units]
         for family in families:

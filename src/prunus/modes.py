@@ -42,6 +42,7 @@ class _Entry(NamedTuple):
     name: str
     rule: Rule | None
     composite: bool
+    mutable: bool
     makes: bool
 
 
@@ -60,6 +61,8 @@ class Tracer(TorchDispatchMode):
         self._entries: dict[Any, _Entry] = {}
         self._known: dict[int, Labelled] = {}
         self._index = index
+        self._storages: dict[int, torch.Tensor] = {}
+        self._overwritten: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @contextmanager
     def following_modules(self) -> Iterator[None]:
@@ -69,14 +72,37 @@ class Tracer(TorchDispatchMode):
             self._stack.append(self._modules.get(id(module), self._stack[-1]))
 
         def leave(module: nn.Module, args: Any, output: Any) -> None:
-            self._stack.pop()
+            path = self._modules.get(id(module))
+            while len(self._stack) > 1 and self._stack.pop() != path and path is not None:
+                pass  # modules whose forward raised, and whose caller went on
 
-        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, always_call=True)]
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
         try:
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+    @contextmanager
+    def protecting(self) -> Iterator[None]:
+        """Put back, afterwards, the values of tensors of the model that an op overwrote."""
+        try:
+            yield
+        finally:
+            for tensor, values in self._overwritten.values():
+                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+                    tensor.copy_(values)
+
+    def _keep(self, target: Any) -> None:
+        """Keep the values of a held tensor that an op is about to overwrite."""
+        if not isinstance(target, torch.Tensor) or target.is_meta or target.layout != torch.strided:
+            return
+        if not self._storages:
+            kept = (h.tensor for h in self.held if not h.tensor.is_meta and h.tensor.layout == torch.strided)
+            self._storages = {t.untyped_storage().data_ptr(): t for t in kept if t.numel()}
+        held = self._storages.get(target.untyped_storage().data_ptr())
+        if held is not None and id(held) not in self._overwritten:
+            self._overwritten[id(held)] = (held, held.detach().clone())
 
     def labels_of(self, tensor: torch.Tensor) -> Labelled:
         """What is known of a tensor."""
@@ -122,6 +148,8 @@ class Tracer(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        if entry.mutable and args:
+            self._keep(args[0])
         result = func(*args, **kwargs)
         self._record(entry, func, args, kwargs, result)
         return result
@@ -132,7 +160,7 @@ class Tracer(TorchDispatchMode):
             func.name(), "CompositeImplicitAutograd"
         )
         name = func.overloadpacket.__name__
-        entry = _Entry(name.rstrip("_") or name, rule, composite, name in _MAKES)
+        entry = _Entry(name.rstrip("_") or name, rule, composite, func._schema.is_mutable, name in _MAKES)
         self._entries[func] = entry
         return entry
 

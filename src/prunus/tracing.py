@@ -74,7 +74,7 @@ def trace(
     held, index = held_tensors(modules)
     once: Modules = [(path, m) for m, path in {m: path for path, m in reversed(modules)}.items()]
     tracer = Tracer(ledger, held, index, once)
-    with untouched(model), ExitStack() as stack:
+    with untouched(model, values=False), tracer.protecting(), ExitStack() as stack:
         stack.enter_context(_marked(once, ledger))
         stack.enter_context(torch.inference_mode())
         stack.enter_context(_without_mha_fastpath())

@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 __all__ = ["untouched"]
 
+_CONTAINERS = frozenset({dict, list, set})
+
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
+def untouched(model: nn.Module, *, values: bool = True) -> Iterator[None]:
     """Put `model` in evaluation mode, and afterwards put everything back that a forward pass may have changed.
 
     Modes are set on each module directly: the `train()` of some classes also merges or freezes weights. Put back are
@@ -24,39 +26,49 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
     Args:
         model: Any module.
+        values: Whether the values of tensors are kept and put back too; false where the caller sees to that.
     """
     modules = list(model.modules())
     with ExitStack() as stack:
         stack.enter_context(_random_states(model))
+        memories = [_Memory(module, values) for module in modules]
+        stack.callback(_restore, memories)
         for module in modules:
-            stack.callback(_Memory(module).restore)
-        for module in modules:
-            module.training = False
+            vars(module)["training"] = False
         yield
+
+
+def _restore(memories: list[_Memory]) -> None:
+    for memory in memories:
+        memory.restore()
 
 
 class _Memory:
     """What a module holds itself: mode, attributes, and the contents of those that can change in place."""
 
-    def __init__(self, module: nn.Module) -> None:
+    __slots__ = ("_attributes", "_containers", "_module", "_tensors")
+
+    def __init__(self, module: nn.Module, values: bool) -> None:
         self._module = module
-        self._training = module.training
         self._attributes = dict(vars(module))
         held = self._attributes.values()
-        self._containers = [(value, value.copy()) for value in held if type(value) in (dict, list, set)]
-        tensors = [value for value in held if isinstance(value, Tensor)]
-        tensors.extend(module.buffers(recurse=False))
-        self._tensors = [(tensor, _version(tensor), tensor.detach().clone()) for tensor in tensors]
+        self._containers = [(value, value.copy()) for value in held if type(value) in _CONTAINERS]
+        self._tensors: list[tuple[Tensor, int | None, Tensor]] = []
+        if values:
+            tensors = [value for value in held if isinstance(value, Tensor)]
+            tensors.extend(module.buffers(recurse=False))
+            self._tensors = [(tensor, _version(tensor), tensor.detach().clone()) for tensor in tensors]
 
     def restore(self) -> None:
-        self._module.training = self._training
         held = vars(self._module)
-        for name in [name for name in held if name not in self._attributes]:
-            del held[name]
+        if len(held) != len(self._attributes):
+            for name in [name for name in held if name not in self._attributes]:
+                del held[name]
         held.update(self._attributes)
         for value, before in self._containers:
-            value.clear()
-            value.extend(before) if isinstance(value, list) else value.update(before)
+            if value or before:
+                value.clear()
+                value.extend(before) if isinstance(value, list) else value.update(before)
         for tensor, version, values in self._tensors:
             if version is None or tensor._version != version:
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
@@ -71,7 +83,8 @@ def _version(tensor: Tensor) -> int | None:
 @contextmanager
 def _random_states(model: nn.Module) -> Iterator[None]:
     """Put back the random states of torch (of the devices that the model is on too), numpy and Python."""
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == "cuda"}
+    tensors = (*model.parameters(), *model.buffers()) if torch.cuda.is_available() else ()
+    devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
     python_state, numpy_state = random.getstate(), np.random.get_state()
     with torch.random.fork_rng(devices=list(devices)):
         try:

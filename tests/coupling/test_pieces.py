@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ def test_a_cut_travels_through_a_chain_of_ties() -> None:
     """A freeze of a part of the first axis cuts the last axis at the same place."""
     ledger = Ledger()
     axes = [ledger.fresh(10) for _ in range(5)]
-    for one, other in zip(axes, axes[1:], strict=False):
+    for one, other in itertools.pairwise(axes):
         ledger.tie(one, other)
     ledger.freeze(axes[0][:3], "a part")
     pieces = cut_into_pieces(ledger)

@@ -207,27 +207,20 @@ def test_a_hard_coded_view_is_named_with_file_and_line() -> None:
 
 
 def test_a_hard_coded_view_in_a_library_is_named_there() -> None:
-    """Packages whose names begin with "torch" are user code too."""
-    from prunus.sizes import PythonCall
-
-    pytest.importorskip("torchvision")
-    found: list[str] = []
-
-    class Spy(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            found.append(PythonCall(None, (), {}).place())
-            return x
-
-    from torchvision.ops import Conv2dNormActivation
-
-    block = Conv2dNormActivation(3, 3, activation_layer=None, norm_layer=None)
-    code = compile("def call(module, x):\n    return module(x)\n", torch.__path__[0] + "vision/made_up.py", "exec")
+    """A package whose folder begins with "torch" (torchvision) is user code too."""
+    path = torch.__path__[0] + "vision/made_up.py"
     scope: dict[str, Any] = {}
-    exec(code, scope)
-    block[0] = Spy()
-    scope["call"](block[0].forward.__get__(block[0]), IMAGE)
-    scope["call"](lambda x: PythonCall(None, (), {}).place(), IMAGE)
-    assert found[0].startswith(__file__)
+    exec(compile("def fold(x):\n    return x.view(-1, 12)\n", path, "exec"), scope)
+
+    class Hard(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 12), nn.Linear(12, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(scope["fold"](self.a(x)))
+
+    assert f"{path}:2" in tp.verify(Hard(), torch.randn(2, 4)).frozen
 
 
 def test_outputs_that_are_no_tensors(oracle: Oracle) -> None:

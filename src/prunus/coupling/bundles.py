@@ -79,7 +79,8 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
     """
     draft = _lanes(ledger, units, kind)
     _balance(ledger, units, draft)
-    _Constraints(ledger, units, draft, read).settle()
+    if ledger.requirements:
+        _Constraints(ledger, units, draft, read).settle()
     families = []
     for family in np.unique(draft.family_of[draft.family_of >= 0]).tolist():
         members = np.flatnonzero(draft.family_of == family)
@@ -98,8 +99,8 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids) -> _Draft:
     mark = np.zeros(units.total, dtype=np.uint64)
     for balance in ledger.balances:
         rows = units.unit_of(balance.ids)
-        for row, number in zip(rows, random.integers(1, 2**63, size=len(rows), dtype=np.uint64), strict=True):
-            np.add.at(mark, row[row >= 0], number)
+        numbers = np.broadcast_to(random.integers(1, 2**63, size=(len(rows), 1), dtype=np.uint64), rows.shape)
+        np.add.at(mark, rows[rows >= 0], numbers[rows >= 0])
     fine = units.fine_of(np.arange(units.total))
     free = np.flatnonzero(units.free[fine])
     keys = mark[free] + kind[fine[free]].astype(np.uint64)
@@ -142,13 +143,9 @@ class _Constraints:
         self.draft = draft
         self.read = read
         pieces = units.pieces
-        free = units.free[pieces.fine]
-        lane = np.where(free, draft.lane_of[units.base[pieces.fine]], -1)
+        free = np.repeat(units.free[pieces.fine], pieces.length)
         self._piece_at = np.repeat(np.arange(len(pieces.start)), pieces.length)
-        self._lane_at = np.repeat(lane, pieces.length)
-        for k in np.flatnonzero(free & (pieces.length > 1)).tolist():
-            base, n = units.base[pieces.fine[k]], pieces.length[k]
-            self._lane_at[pieces.start[k] : pieces.start[k] + n] = draft.lane_of[base : base + n]
+        self._lane_at = np.where(free, draft.lane_of[units.of_atom], -1)
         self._take_pieces, self._takers = _takers(units)
         self._taken = np.zeros(len(pieces.start), dtype=bool)
         self._taken[self._take_pieces] = True
@@ -274,13 +271,9 @@ class _Constraints:
 
 def _takers(units: Units) -> tuple[Ids, Ids]:
     """Pieces that coarse units take, ascending, and the unit that takes each."""
-    chosen = [(f, taken) for f, taken in units.takes.items() if units.free[f]]
-    if not chosen:
-        return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64)
-    pieces = np.concatenate([taken for _, taken in chosen])
-    takers = np.repeat([units.base[f] for f, _ in chosen], [len(taken) for _, taken in chosen])
-    order = np.argsort(pieces, kind="stable")
-    return pieces[order], takers[order]
+    free = units.free[units.taker]
+    order = np.argsort(units.taken[free], kind="stable")
+    return units.taken[free][order], units.base[units.taker[free]][order]
 
 
 def _tally(values: Ids) -> dict[int, int]:

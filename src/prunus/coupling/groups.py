@@ -135,12 +135,10 @@ class Coupling:
                 by_mark.setdefault(int(self.kind[f]), []).append(f)
         return tuple(UnitGroup(self, tuple(found)) for found in by_mark.values())
 
-    @cached_property
+    @property
     def unit_of_atom(self) -> Ids:
         """The number of each atom's unit."""
-        pieces = self.pieces
-        first = self.units.base[pieces.fine] - pieces.start
-        return np.repeat(first, pieces.length) + np.arange(self.trace.ledger.size)
+        return self.units.of_atom
 
     @cached_property
     def group_of_unit(self) -> Ids:
@@ -191,7 +189,6 @@ def _kinds(pieces: Pieces, units: Units, axis: Ids, axes: int) -> Ids:
     real = axis >= 0
     with np.errstate(over="ignore"):
         np.add.at(mark, pieces.fine[real], random[axis[real], 0])
-        for f, taken in units.takes.items():
-            on = taken[axis[taken] >= 0]
-            mark[f] += (random[axis[on], 1] * pieces.length[on]).sum()
+        on = axis[units.taken] >= 0
+        np.add.at(mark, units.taker[on], random[axis[units.taken[on]], 1] * pieces.length[units.taken[on]])
     return mark

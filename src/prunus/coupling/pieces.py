@@ -165,10 +165,10 @@ def _equal_rows(ledger: Ledger, pieces: Pieces) -> Ids:
     pairs: list[tuple[int, int]] = []
     for rows in ledger.rows_of:
         coarse = pieces.of(rows.coarse)
-        members = pieces.classes[pieces.of(rows.fine)]
+        members = np.sort(pieces.classes[pieces.of(rows.fine)], axis=1)
+        repeated = bool((members[:, 1:] == members[:, :-1]).any())
         for atom, row in zip(coarse.tolist(), members, strict=True):
-            key = np.unique(row).tobytes() if row.size > 1 else row.tobytes()
-            first = seen.setdefault(key, atom)
+            first = seen.setdefault((np.unique(row) if repeated else row).tobytes(), atom)
             if pieces.classes[first] != pieces.classes[atom]:
                 pairs.append((first, atom))
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)

@@ -12,6 +12,8 @@ from scipy.sparse import coo_matrix
 from prunus.coupling.pieces import Pieces, reachable
 from prunus.labels import Freeze, Ids, Ledger
 
+_NONE: Ids = np.empty(0, dtype=np.int64)
+
 
 @dataclass(frozen=True)
 class Units:
@@ -20,7 +22,7 @@ class Units:
     ``stay[f]`` is the freeze that keeps fine atom ``f`` (-1: it may go); ``stay_class`` the same for classes.
     ``base[f]`` is the number of its first unit; its units are numbered along its pieces. Only those of fine atoms that
     are ``free`` may be chosen.
-    ``takes[f]`` are the pieces that go as a whole when coarse atom ``f`` goes.
+    ``taken[k]`` is a piece that goes as a whole when coarse atom ``taker[k]`` goes.
     """
 
     pieces: Pieces
@@ -30,8 +32,21 @@ class Units:
     free: NDArray[np.bool_]
     base: Ids
     width: Ids
-    takes: dict[int, Ids]
+    taker: Ids
+    taken: Ids
     total: int
+
+    @cached_property
+    def takes(self) -> dict[int, Ids]:
+        """For each coarse atom, the pieces that go as a whole with it."""
+        fines, first = np.unique(self.taker, return_index=True)
+        return dict(zip(fines.tolist(), np.split(self.taken, first[1:]), strict=True)) if fines.size else {}
+
+    @cached_property
+    def of_atom(self) -> Ids:
+        """The unit of every atom."""
+        pieces = self.pieces
+        return np.repeat(self.base[pieces.fine] - pieces.start, pieces.length) + np.arange(int(pieces.length.sum()))
 
     def number_of(self, positions: Ids) -> Ids:
         """The unit of each atom."""
@@ -69,12 +84,10 @@ def find_units(ledger: Ledger, pieces: Pieces) -> Units:
     stay = np.full(count, len(freezes), dtype=np.int64)
     known = stay_class[pieces.classes]
     np.minimum.at(stay, pieces.fine[known >= 0], known[known >= 0])
-    for k, freeze in enumerate(freezes):
-        if not freeze.hard:
-            pinned = pieces.fine[pieces.within(freeze.ids)]
-            stay[pinned] = np.minimum(stay[pinned], k)
+    pinned, why = _frozen_pieces(pieces, freezes, hard=False)
+    np.minimum.at(stay, pieces.fine[pinned], why)
     stay[stay == len(freezes)] = -1
-    takes = _takes(pieces, stay)
+    taker, taken = _takes(pieces, stay)
     width = np.zeros(count, dtype=np.int64)
     width[pieces.fine] = pieces.length
     free = stay < 0
@@ -84,15 +97,15 @@ def find_units(ledger: Ledger, pieces: Pieces) -> Units:
     order = np.argsort(first, kind="stable")
     base = np.zeros(count, dtype=np.int64)
     base[order] = np.cumsum(width[order]) - width[order]
-    return Units(pieces, freezes, stay, stay_class, free, base, width, takes, int(width.sum()))
+    return Units(pieces, freezes, stay, stay_class, free, base, width, taker, taken, int(width.sum()))
 
 
 def _frozen_classes(pieces: Pieces, freezes: tuple[Freeze, ...]) -> Ids:
     """For each class the freeze that keeps it (-1: none): its own, or that of something which would go with it."""
-    stay = np.full(int(pieces.classes.max()) + 1, -1, dtype=np.int64)
-    for k in range(len(freezes) - 1, -1, -1):
-        if freezes[k].hard:
-            stay[pieces.classes[pieces.within(freezes[k].ids)]] = k
+    stay = np.full(int(pieces.classes.max()) + 1, len(freezes), dtype=np.int64)
+    frozen, why = _frozen_pieces(pieces, freezes, hard=True)
+    np.minimum.at(stay, pieces.classes[frozen], why)
+    stay[stay == len(freezes)] = -1
     while True:
         spread = (stay[pieces.effect] >= 0) & (stay[pieces.cause] < 0)
         if not spread.any():
@@ -100,12 +113,21 @@ def _frozen_classes(pieces: Pieces, freezes: tuple[Freeze, ...]) -> Ids:
         stay[pieces.cause[spread]] = stay[pieces.effect[spread]]
 
 
-def _takes(pieces: Pieces, stay: Ids) -> dict[int, Ids]:
-    """For each fine atom that may go and takes more than itself: the pieces that go as a whole with it."""
+def _frozen_pieces(pieces: Pieces, freezes: tuple[Freeze, ...], *, hard: bool) -> tuple[Ids, Ids]:
+    """Every piece that a freeze (or a pin) touches, and the number of that freeze."""
+    chosen = [(k, f.ids.reshape(-1)) for k, f in enumerate(freezes) if f.hard is hard]
+    if not chosen:
+        return _NONE, _NONE
+    why = np.repeat([k for k, _ in chosen], [ids.size for _, ids in chosen])
+    return pieces.of(np.concatenate([ids for _, ids in chosen])), why
+
+
+def _takes(pieces: Pieces, stay: Ids) -> tuple[Ids, Ids]:
+    """Fine atoms that may go and take more than themselves, and each piece that goes as a whole with them."""
     graph = reachable(pieces)
     leading = np.flatnonzero((np.diff(graph.indptr) > 0)[pieces.classes] & (stay[pieces.fine] < 0))
     if leading.size == 0:
-        return {}
+        return _NONE, _NONE
     fines, row = np.unique(pieces.fine[leading], return_inverse=True)
     ones = np.ones(leading.size, dtype=np.int32)
     reached = coo_matrix((ones, (row, pieces.classes[leading])), shape=(len(fines), graph.shape[0])).tocsr()
@@ -118,13 +140,12 @@ def _takes(pieces: Pieces, stay: Ids) -> dict[int, Ids]:
         reached = grown
     order = np.argsort(pieces.classes, kind="stable")
     first = np.searchsorted(pieces.classes[order], np.arange(graph.shape[0] + 1))
-    found: dict[int, Ids] = {}
-    for k, f in enumerate(fines.tolist()):
-        classes = reached.indices[reached.indptr[k] : reached.indptr[k + 1]]
-        lengths = first[classes + 1] - first[classes]
-        offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        members = order[np.repeat(first[classes], lengths) + offset]
-        taken = np.sort(members[pieces.fine[members] != f])
-        if taken.size:
-            found[f] = taken
-    return found
+    classes = reached.indices
+    lengths = first[classes + 1] - first[classes]
+    offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+    taken = order[np.repeat(first[classes], lengths) + offset]
+    taker = np.repeat(np.repeat(fines, np.diff(reached.indptr)), lengths)
+    other = pieces.fine[taken] != taker
+    taker, taken = taker[other], taken[other]
+    by = np.lexsort((taken, taker))
+    return taker[by], taken[by]
