@@ -1,6 +1,6 @@
 """Walk over all groups of a network and remove a quarter of each, chosen by your own rule.
 
-    python examples/all_groups.py
+python examples/all_groups.py
 """
 
 import torch

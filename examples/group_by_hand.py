@@ -1,6 +1,6 @@
 """Remove three channels of one layer, and everything that must go with them.
 
-    python examples/group_by_hand.py
+python examples/group_by_hand.py
 """
 
 import torch

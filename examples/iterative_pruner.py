@@ -1,6 +1,6 @@
 """Remove half of every group of ResNet-18 in five steps, with room for training after each.
 
-    python examples/iterative_pruner.py
+python examples/iterative_pruner.py
 """
 
 import torch

@@ -1,6 +1,6 @@
 """Cut a vision transformer to half of its operations, prove it, save the plan, replay it, undo it.
 
-    python examples/prune_to_target.py
+python examples/prune_to_target.py
 """
 
 import copy

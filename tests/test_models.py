@@ -1,4 +1,4 @@
-"""Real networks, whole: the graph is proved on each, each is cut to half, still trains, costs what was said, and undoes."""
+"""Real networks, whole: the graph is proved on each; cut to half it still trains, costs what was said, and undoes."""
 
 from __future__ import annotations
 

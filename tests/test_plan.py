@@ -52,7 +52,9 @@ def test_save_and_load_then_replay_on_a_copy(tmp_path) -> None:
         assert torch.equal(model(X), dense(X))
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"format": 99}', '{"format": 1, "removals": [{}]}', "not json"])
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", "null", '{"format": 99}', '{"format": 1, "removals": [{}]}', "not json"]
+)
 def test_what_is_no_plan_is_refused(text) -> None:
     """Any other text is an InputError that says so."""
     with pytest.raises(prunus.InputError, match="not a plan"):
@@ -101,7 +103,9 @@ def test_then_counts_positions_of_the_dense_model() -> None:
     """Positions of the second plan are counted in what the first one left; later settings win."""
     nothing = Footprint(0, 0, 0)
     first = Plan((Removal("w", 0, 6, (1, 3)),), (Setting("", "c", None, 4),), nothing, nothing)
-    second = Plan((Removal("w", 0, 4, (1, 3)), Removal("v", 1, 5, (0,))), (Setting("", "c", None, 2),), nothing, nothing)
+    second = Plan(
+        (Removal("w", 0, 4, (1, 3)), Removal("v", 1, 5, (0,))), (Setting("", "c", None, 2),), nothing, nothing
+    )
     both = first.then(second)
     assert both.removals == (Removal("w", 0, 6, (1, 2, 3, 5)), Removal("v", 1, 5, (0,)))
     assert both.settings == (Setting("", "c", None, 2),)

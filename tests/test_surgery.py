@@ -91,7 +91,9 @@ def test_apply_then_undo_is_the_identity(kind) -> None:
     assert not same(before, snapshot(model, optimizer))
     for p in model.parameters():
         assert p.grad is None or p.grad.shape == p.shape
-        assert all(not isinstance(v, torch.Tensor) or v.dim() == 0 or v.shape == p.shape for v in optimizer.state[p].values())
+        assert all(
+            not isinstance(v, torch.Tensor) or v.dim() == 0 or v.shape == p.shape for v in optimizer.state[p].values()
+        )
     receipt.undo()
     assert same(before, snapshot(model, optimizer))
     receipt.undo()
@@ -126,6 +128,7 @@ def test_fault_at_every_change_leaves_the_model_as_it_was(monkeypatch) -> None:
         raise OSError("no more memory")
 
     for k in range(total):
+
         def broken(*args, k=k):
             changes = prepare(*args)
             changes[k] = replace(changes[k], do=fail)

@@ -181,13 +181,13 @@ def _kept_globally(rankings: Sequence[Ranking], policy: Policy) -> list[int]:
 
 
 def _rounded(ranking: Ranking, kept: int, round_to: int | None) -> int:
-    """``kept`` raised or lowered so that the family's width is a multiple of ``round_to``, never to nothing."""
+    """The number nearest to ``kept`` that makes the family's width a multiple of ``round_to``; never nothing."""
     if round_to is None or round_to <= 1:
         return kept
     width = sum(len(lane) for lane in ranking.family.lanes) // ranking.family.count
     step = round_to // int(np.gcd(round_to, width))
-    down = kept // step * step
-    return down if down > 0 else min(step, len(ranking.bundles))
+    nearest = (2 * kept + step) // (2 * step) * step
+    return min(max(nearest, step), len(ranking.bundles))
 
 
 def choose_for_target(

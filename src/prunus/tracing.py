@@ -9,7 +9,7 @@ it came: training flags, attributes and caches, buffers, random state.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,6 +69,31 @@ def trace(
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    try:
+        return _trace(model, example_inputs, forward_fn, output_transform, torch.inference_mode())
+    except PrunusError:
+        raise
+    except Exception:  # some models differentiate while they run, which inference mode forbids
+        pass
+    try:
+        return _trace(model, example_inputs, forward_fn, output_transform, torch.no_grad())
+    except PrunusError:
+        raise
+    except Exception as error:
+        raise InputError(
+            f"the model cannot run on the example inputs ({type(error).__name__}: {error}); call it with the same "
+            "inputs in eval mode to see where, and pass a tensor, a tuple of arguments, a dict, or a forward_fn"
+        ) from error
+
+
+def _trace(
+    model: nn.Module,
+    example_inputs: Inputs,
+    forward_fn: ForwardFn | None,
+    output_transform: Callable[[Any], Any] | None,
+    guard: AbstractContextManager[Any],
+) -> Trace:
+    """One recorded run, without gradients."""
     ledger = Ledger()
     modules = list(model.named_modules(remove_duplicate=False))
     held, index = held_tensors(modules)
@@ -76,22 +101,11 @@ def trace(
     tracer = Tracer(ledger, held, index, once)
     with untouched(model, values=False), tracer.protecting(), ExitStack() as stack:
         stack.enter_context(_marked(once, ledger))
-        stack.enter_context(torch.inference_mode())
-        stack.enter_context(_without_mha_fastpath())
-        stack.enter_context(tracer.following_modules())
-        stack.enter_context(FunctionMode(tracer))
-        stack.enter_context(tracer)
-        try:
-            output = call_model(model, example_inputs, forward_fn)
-            if output_transform is not None:
-                output = output_transform(output)
-        except PrunusError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"the model cannot run on the example inputs ({type(error).__name__}: {error}); call it with the same "
-                "inputs in eval mode to see where, and pass a tensor, a tuple of arguments, a dict, or a forward_fn"
-            ) from error
+        for context in (guard, _without_mha_fastpath(), tracer.following_modules(), FunctionMode(tracer), tracer):
+            stack.enter_context(context)
+        output = call_model(model, example_inputs, forward_fn)
+        if output_transform is not None:
+            output = output_transform(output)
     ledger.step = len(tracer.events)
     for tensor in tensors_in(output):
         for label in tracer.labels_of(tensor).dims:

@@ -127,7 +127,8 @@ def oracle_or_frozen(oracle: Oracle, model: nn.Module, inputs: Any = IMAGE) -> N
     try:
         oracle(model, inputs)
     except tp.NothingToPruneError as error:
-        assert "stay" in str(error)
+        message = str(error)
+        assert "stay" in message
 
 
 def test_channel_shuffle(oracle: Oracle) -> None:
@@ -259,8 +260,12 @@ def test_broadcast_gates(oracle: Oracle, shape: tuple[int, ...]) -> None:
     "multiplier",
     [
         1,
-        pytest.param(2, marks=pytest.mark.xfail(strict=True, reason="a coarse unit on several pieces loses what it takes")),
-        pytest.param(3, marks=pytest.mark.xfail(strict=True, reason="a coarse unit on several pieces loses what it takes")),
+        pytest.param(
+            2, marks=pytest.mark.xfail(strict=True, reason="a coarse unit on several pieces loses what it takes")
+        ),
+        pytest.param(
+            3, marks=pytest.mark.xfail(strict=True, reason="a coarse unit on several pieces loses what it takes")
+        ),
     ],
 )
 def test_depthwise_with_a_multiplier(oracle: Oracle, multiplier: int) -> None:

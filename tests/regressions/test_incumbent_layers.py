@@ -85,7 +85,18 @@ class Attention(nn.Module):
 
 @pytest.mark.parametrize(
     ("depth", "batch"),
-    [(1, 1), (1, 2), (2, 1), pytest.param(2, 2, marks=pytest.mark.xfail(strict=True, reason="equal rows of a batch get different coarse atoms, which labels the batch"))],
+    [
+        (1, 1),
+        (1, 2),
+        (2, 1),
+        pytest.param(
+            2,
+            2,
+            marks=pytest.mark.xfail(
+                strict=True, reason="equal rows of a batch get different coarse atoms, which labels the batch"
+            ),
+        ),
+    ],
 )
 def test_multihead_attention(oracle: Oracle, depth: int, batch: int) -> None:
     """The embedding and the heads shrink in step, so that one still divides by the other; at any batch size."""
@@ -202,7 +213,9 @@ def test_norms_and_friends(oracle: Oracle, name: str, norm: Callable[[], nn.Modu
     model.train()(IMAGE).sum().backward()
 
 
-@pytest.mark.parametrize("norm", [nn.LayerNorm(10), nn.RMSNorm(10), nn.LayerNorm(10, elementwise_affine=False)], ids=str)
+@pytest.mark.parametrize(
+    "norm", [nn.LayerNorm(10), nn.RMSNorm(10), nn.LayerNorm(10, elementwise_affine=False)], ids=str
+)
 def test_token_norms(oracle: Oracle, norm: nn.Module) -> None:
     model = nn.Sequential(nn.Linear(6, 10), norm, nn.Linear(10, 3))
     oracle(model, TOKENS)
@@ -265,9 +278,17 @@ def _with_parametrisation(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "wrap"),
     [
-        pytest.param("weight_norm", weight_norm, marks=pytest.mark.xfail(strict=True, reason="a labelled bias beside an unlabelled weight is not frozen")),
+        pytest.param(
+            "weight_norm",
+            weight_norm,
+            marks=pytest.mark.xfail(strict=True, reason="a labelled bias beside an unlabelled weight is not frozen"),
+        ),
         ("weight_norm of another dim", lambda layer: weight_norm(layer, dim=1)),
-        pytest.param("old weight_norm", nn.utils.weight_norm, marks=pytest.mark.xfail(strict=True, reason="a labelled bias beside an unlabelled weight is not frozen")),
+        pytest.param(
+            "old weight_norm",
+            nn.utils.weight_norm,
+            marks=pytest.mark.xfail(strict=True, reason="a labelled bias beside an unlabelled weight is not frozen"),
+        ),
         ("old spectral_norm", spectral_norm),
         ("spectral_norm", nn.utils.parametrizations.spectral_norm),
         ("a parametrisation", _with_parametrisation),
@@ -284,7 +305,8 @@ def test_parametrised_layers_are_pruned_kept_or_refused(
     try:
         result = tp.prune(model, IMAGE, tp.Target(ratio=0.5))
     except (SurgeryError, NothingToPruneError) as error:
-        assert "parametri" in str(error) or "no rule for" in str(error)
+        message = str(error)
+        assert "parametri" in message or "no rule for" in message
         assert states_equal(model_state(model), before)
     else:
         assert tp.verify(model, IMAGE).ok
@@ -312,7 +334,8 @@ def test_positional_conv_of_wav2vec(model_state: Callable[..., Any], states_equa
     try:
         result = tp.prune(model, TOKENS, tp.Target(ratio=0.5))
     except tp.PrunusError as error:
-        assert str(error)
+        message = str(error)
+        assert "stay" in message or "parametri" in message
     else:
         assert model(TOKENS).shape == (2, 5, 3)
         result.undo()

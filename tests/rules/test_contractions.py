@@ -531,6 +531,10 @@ NETWORKS = [
         2,
         0.985,
         id="dw-multiplier",
+        marks=pytest.mark.xfail(
+            strict=True,
+            reason="a coarse unit takes nothing: duplicates in the reach matrix of _takes cancel its effects",
+        ),
     ),
     pytest.param(
         lambda net: net.cc(nn.ConvTranspose2d(8, 8, 2, groups=2)),

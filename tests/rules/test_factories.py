@@ -1,6 +1,5 @@
 """New tensors of derived sizes."""
 
-
 from __future__ import annotations
 
 import pytest

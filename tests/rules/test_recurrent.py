@@ -1,6 +1,5 @@
 """Recurrent kernels."""
 
-
 from __future__ import annotations
 
 import pytest

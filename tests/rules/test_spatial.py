@@ -1,6 +1,5 @@
 """Pooling and resampling."""
 
-
 from __future__ import annotations
 
 import pytest

@@ -1,6 +1,5 @@
 """Views: permutes, splits, merges and what comes back together."""
 
-
 from __future__ import annotations
 
 import pytest
@@ -311,6 +310,10 @@ NETWORKS = [
         4,
         0.957,
         id="heads-softmax",
+        marks=pytest.mark.xfail(
+            strict=True,
+            reason="a coarse unit takes nothing: duplicates in the reach matrix of _takes cancel its effects",
+        ),
     ),
     pytest.param(
         lambda net: net.Net(lambda s, x: s.q(s.p(x).flatten(1)), p=nn.Conv2d(3, 8, 1), q=nn.Linear(32, 4)),
@@ -353,6 +356,10 @@ NETWORKS = [
         7,
         0.956,
         id="product-flatten",
+        marks=pytest.mark.xfail(
+            strict=True,
+            reason="a coarse unit takes nothing: duplicates in the reach matrix of _takes cancel its effects",
+        ),
     ),
     pytest.param(
         lambda net: net.Net(
