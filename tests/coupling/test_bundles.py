@@ -193,6 +193,28 @@ def test_rank_pairs_the_least_important_of_each_lane() -> None:
     assert ranking.scores.tolist() == [5.5, 11.0, 16.5]
 
 
+@pytest.mark.xfail(strict=True, reason="the parts of a split are one lane, so one of them can lose everything")
+def test_no_part_of_a_split_vanishes() -> None:
+    """However unimportant a part is, one position of it stays: layers do not run on nothing."""
+
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(8, 4)
+            self.parts = [2, 6]
+
+        def forward(self, x):
+            left, right = self.a(x).split(self.parts, 1)
+            return self.b(torch.cat([right, left], 1))
+
+    model = Parts()
+    with torch.no_grad():
+        model.a.weight[:2] *= 1e-4
+        model.a.bias[:2] *= 1e-4
+    prunus.prune(model, torch.randn(2, 6), prunus.Target(ratio=0.5))
+    assert min(model.parts) > 0
+
+
 def test_uneven_free_parts_pin_a_balance() -> None:
     """If a part of one half has to stay, the halves cannot stay equal, so they stay."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -104,6 +106,9 @@ def test_network(oracle, networks, build, inputs, bundles, share) -> None:
         with pytest.raises(prunus.NothingToPruneError):
             oracle(build(networks), inputs)
         return
+    if bundles is None:  # it must be sound; how much can be removed is open
+        with contextlib.suppress(prunus.NothingToPruneError):
+            oracle(build(networks), inputs)
+        return
     found = oracle(build(networks), inputs)
-    if bundles is not None:
-        assert (found.bundles, round(found.share, 3)) == (bundles, share)
+    assert (found.bundles, round(found.share, 3)) == (bundles, share)

@@ -3,6 +3,8 @@
 # ruff: noqa: PLC3002 - the cases are one-liners
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -467,8 +469,8 @@ NETWORKS = [
     pytest.param(
         lambda net: net.lin(lambda s, x: x.narrow(1, length=s.c, start=2), c=4, m2=4),
         torch.randn(3, 6),
-        4,
-        0.947,
+        None,
+        None,
         id="narrow-kw-swapped",
         marks=pytest.mark.xfail(
             strict=True, reason="PythonCall.bounds takes keyword arguments of narrow in the order given"
@@ -621,6 +623,9 @@ def test_network(oracle, networks, build, inputs, bundles, share) -> None:
         with pytest.raises(prunus.NothingToPruneError):
             oracle(build(networks), inputs)
         return
+    if bundles is None:  # it must be sound; how much can be removed is open
+        with contextlib.suppress(prunus.NothingToPruneError):
+            oracle(build(networks), inputs)
+        return
     found = oracle(build(networks), inputs)
-    if bundles is not None:
-        assert (found.bundles, round(found.share, 3)) == (bundles, share)
+    assert (found.bundles, round(found.share, 3)) == (bundles, share)

@@ -3,6 +3,8 @@
 # ruff: noqa: PLW0108 - the cases are one-liners
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -229,8 +231,8 @@ NETWORKS = [
             q=nn.Linear(8, 4),
         ),
         torch.randn(3, 6),
-        0,
-        0.0,
+        None,
+        None,
         id="spectral_norm",
         marks=pytest.mark.xfail(
             strict=True,
@@ -247,6 +249,9 @@ def test_network(oracle, networks, build, inputs, bundles, share) -> None:
         with pytest.raises(prunus.NothingToPruneError):
             oracle(build(networks), inputs)
         return
+    if bundles is None:  # it must be sound; how much can be removed is open
+        with contextlib.suppress(prunus.NothingToPruneError):
+            oracle(build(networks), inputs)
+        return
     found = oracle(build(networks), inputs)
-    if bundles is not None:
-        assert (found.bundles, round(found.share, 3)) == (bundles, share)
+    assert (found.bundles, round(found.share, 3)) == (bundles, share)
