@@ -219,7 +219,10 @@ def snippets() -> list[tuple[int, str]]:
 
 @pytest.mark.parametrize(("line", "code"), snippets(), ids=[f"line {line}" for line, _ in snippets()])
 def test_readme_snippets_run(line, code, tmp_path, monkeypatch) -> None:
+    """Each block runs after those before it, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
-    exec(compile("\n" * (line - 1) + code, "README.md", "exec"), namespace)
-    assert namespace
+    for earlier, text in snippets():
+        if earlier <= line:
+            exec(compile("\n" * (earlier - 1) + text, "README.md", "exec"), namespace)
+    assert code in [text for _, text in snippets()]

@@ -122,7 +122,7 @@ class DependencyGraph:
         if not chosen and not whole:
             return
         read = {ids.item(0) for ids in found.ledger.contracted} - {ids.item(0) for ids in found.ledger.passed}
-        by_path = dict(found.model.named_modules())
+        by_path = dict(found.model.named_modules(remove_duplicate=False))
         for held in found.held:
             owners = {id(by_path[p.module]) for p in held.places}
             for start, n in zip(held.starts, held.shape, strict=True):

@@ -182,6 +182,7 @@ class Ledger:
         self.contracted: list[Ids] = []  # dims summed over by a contraction
         self.passed: list[Ids] = []  # dims of operands that a contraction or look-up hands on
         self.averaged: list[Ids] = []  # dims over which a norm, mean or attention scale averages
+        self.in_values: list[Any] = []  # sizes that entered a computed number, such as an attention scale
         self.uniform: set[int] = set()  # ids (by object) of dims along which all values are equal
         self._ties: list[tuple[int, int, int, int, int]] = []
         self._seen: set[tuple[int, int, int]] = set()
@@ -244,9 +245,13 @@ class Ledger:
         key = (fine.shape, fine.tobytes())
         coarse = self._coarse.get(key)
         if coarse is None:
-            coarse = self.fresh(fine.size // fine.shape[-1]).reshape(fine.shape[:-1])
-            self._coarse[key] = coarse
-            self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(-1, fine.shape[-1])))
+            rows = fine.reshape(-1, fine.shape[-1])
+            which = np.arange(len(rows))
+            if len(np.unique(rows[:, 0])) < len(rows):
+                rows, which = np.unique(rows, axis=0, return_inverse=True)
+            own = self.fresh(len(rows))
+            self.rows_of.append(Rows(own, rows))
+            coarse = self._coarse[key] = own[which].reshape(fine.shape[:-1])
         return coarse
 
     def belong(self, coarse: Ids, fine: Ids) -> None:
@@ -255,7 +260,7 @@ class Ledger:
 
     def balance(self, fine: Ids, reason: str) -> None:
         """The rows of ``fine`` (its last axis) must keep equal counts."""
-        if fine.size > fine.shape[-1]:
+        if fine.size > fine.shape[-1] > 1:
             self.balances.append(Balance(fine.reshape(-1, fine.shape[-1]), reason, self.step))
 
     def imply(self, cause: Ids, effect: Ids) -> None:
@@ -301,10 +306,3 @@ def _overlaps(starts: Ids, lengths: Ids) -> Ids:
     ahead = np.minimum.accumulate(begin[::-1])[::-1]
     clash[order[:-1][end[:-1] > ahead[1:]]] = 1
     return clash
-
-
-def compress(ids: Ids) -> tuple[Ids, Ids]:
-    """Starts and lengths of the maximal consecutive stretches of ``ids`` (flattened)."""
-    ids = ids.reshape(-1)
-    starts = np.concatenate(([0], np.flatnonzero(ids[1:] - ids[:-1] != 1) + 1))
-    return ids[starts], np.diff(np.concatenate((starts, [ids.size])))

@@ -60,6 +60,7 @@ class Tracer(TorchDispatchMode):
         self._stack: list[str] = [""]
         self._entries: dict[Any, _Entry] = {}
         self._known: dict[int, Labelled] = {}
+        self._lasting: dict[int, tuple[torch.Tensor, Labelled]] = {}  # written in place: may outlive the run
         self._index = index
         self._storages: dict[int, torch.Tensor] = {}
         self._overwritten: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
@@ -106,6 +107,9 @@ class Tracer(TorchDispatchMode):
 
     def labels_of(self, tensor: torch.Tensor) -> Labelled:
         """What is known of a tensor."""
+        lasting = self._lasting.get(id(tensor)) if self._lasting else None
+        if lasting is not None:
+            return lasting[1]
         found: Labelled | None = tensor.__dict__.get(MARK)
         if found is None:
             found = self._known.get(id(tensor))
@@ -126,11 +130,12 @@ class Tracer(TorchDispatchMode):
                 dims.append(Label(self.ledger.fresh(size)))
             else:
                 dims.append(self._again(held, d) if size > 1 else None)
-        if not held.tensor.is_floating_point() and not held.tensor.is_complex():
+        reason = _untouchable(held)
+        if reason is not None:
             self.ledger.step = len(self.events)
             for label in dims:
                 if label is not None:
-                    self.ledger.freeze(label.ids, f"{held.name} holds integers, which are read by position")
+                    self.ledger.freeze(label.ids, reason)
         return Labelled(held.shape, tuple(dims), -2 - index)
 
     def _again(self, held: Held, d: int) -> Label:
@@ -178,7 +183,11 @@ class Tracer(TorchDispatchMode):
         labels = found if isinstance(found, list) else [found]
         for tensor, dims in zip(outputs, labels, strict=False):
             if dims is not None:
-                setattr(tensor, MARK, Labelled(tuple(tensor.shape), dims, len(self.events)))
+                labelled = Labelled(tuple(tensor.shape), dims, len(self.events))
+                if entry.mutable and MARK not in tensor.__dict__:
+                    self._lasting[id(tensor)] = (tensor, labelled)
+                else:
+                    setattr(tensor, MARK, labelled)
         sources = tuple(i.source for i in inputs if i.source != -1)
         self.events.append(Event(entry.name, self._stack[-1], sources, tuple(labels)))
 
@@ -203,6 +212,15 @@ class Tracer(TorchDispatchMode):
         if isinstance(value, (list, tuple)) and value and any(isinstance(v, (torch.Tensor, type(None))) for v in value):
             return [self._lower(v, inputs) for v in value]
         return value
+
+
+def _untouchable(held: Held) -> str | None:
+    """Why a tensor may not be cut at all, if so."""
+    if not held.tensor.is_floating_point() and not held.tensor.is_complex():
+        return f"{held.name} holds integers, which are read by position"
+    if ".parametrizations." in f".{held.name}":
+        return f"{held.name} is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
+    return None
 
 
 class FunctionMode(TorchFunctionMode):

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from prunus.surgery import Receipt
 
 FORMAT = 1
+TINY = 1e-6
 Alive = NDArray[np.bool_]
 
 
@@ -240,12 +241,15 @@ def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
                 progress = True
     for requirement, expression, size in zip(requirements, expressions, sizes, strict=True):
         value = evaluate(expression, settled)
-        if value != size:
+        if value is None or abs(value - size) > TINY:
             raise SurgeryError(
                 f"{expression} would be {value} where the code needs {size} "
                 f"({requirement.place or 'step ' + str(requirement.step)}); the plan was not made"
             )
-    changed = ((a, round(v)) for a, v in solved.items() if v != read_attribute(model, a))
+    for attribute, new in solved.items():
+        if abs(new - round(new)) > TINY:
+            raise SurgeryError(f"{attribute} would have to be {new:g}, which is no whole number; remove another number")
+    changed = ((a, round(v)) for a, v in solved.items() if round(v) != read_attribute(model, a))
     return tuple(Setting(a.path, a.name, a.index, v) for a, v in changed)
 
 

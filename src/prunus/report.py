@@ -81,6 +81,13 @@ def frozen_text(coupling: Coupling) -> str:
     for reason, found in by_reason.items():
         others = f" and {len(found) - 1} more" if len(found) > 1 else ""
         lines.append(f"{sum(n for _, n in found)} positions stay ({found[0][0]}{others}): {reason}")
+    unread = coupling.trace.unread
+    if unread:
+        shown = ", ".join(unread[:4]) + (", ..." if len(unread) > 4 else "")
+        lines.append(
+            f"{len(unread)} parameters were not read by the example run ({shown}): what they are coupled to is not "
+            "known; put the layers around them into ignored_layers if they run elsewhere"
+        )
     for op, modules in coupling.trace.unsupported.items():
         lines.append(f"no rule for {op} (in {', '.join(m or 'the model' for m in modules[:4])}): its inputs stay")
     return "\n".join(lines)

@@ -101,7 +101,10 @@ def _prepare(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | No
             if optimizer is not None:
                 changes += _swap_state(optimizer, twin, cut)
     for setting in plan.settings:
-        home, key = attribute_home(model, setting.attribute)
+        try:
+            home, key = attribute_home(model, setting.attribute)
+        except AttributeError as error:
+            raise SurgeryError(f"the model has no {setting.attribute}: the plan was made for another model") from error
         if setting.index is None:
             changes.append(_swap_key(home, key, setting.value))
         elif isinstance(home.get(key), (list, tuple)):
@@ -228,7 +231,12 @@ def _swap_state(
 
 def _mirror_changes(model: nn.Module, plan: Plan) -> list[Change]:
     """Attributes that repeat a width of the (already cut) tensors."""
-    owners = {removal.tensor.rpartition(".")[0] for removal in plan.removals}
+    cut = {id(_attribute(model, removal.tensor)) for removal in plan.removals}
+    owners = {
+        path
+        for path, module in model.named_modules()
+        if any(id(t) in cut for t in (*module._parameters.values(), *module._buffers.values()))
+    }
     owners |= {setting.path for setting in plan.settings}
     changes = [_mirror(model, mirror) for mirror in plan.mirrors]
     for path in sorted(owners):
@@ -243,11 +251,14 @@ def _mirror_changes(model: nn.Module, plan: Plan) -> list[Change]:
     return changes
 
 
+def _attribute(model: nn.Module, name: str) -> Any:
+    path, _, key = name.rpartition(".")
+    return getattr(model.get_submodule(path), key)
+
+
 def _mirror(model: nn.Module, mirror: Mirror) -> Change:
-    tensor = model
-    for name in mirror.tensor.split("."):
-        tensor = getattr(tensor, name)
-    size = int(tensor.shape[mirror.dim])  # type: ignore[index]
+    tensor = _attribute(model, mirror.tensor)
+    size = int(tensor.shape[mirror.dim])
     if size % mirror.divide:
         raise SurgeryError(f"{mirror.tensor} dim {mirror.dim} has size {size}, not a multiple of {mirror.divide}")
     return _swap_key(model.get_submodule(mirror.path).__dict__, mirror.name, size // mirror.divide)
@@ -282,11 +293,11 @@ def _recurrent(m: Any) -> dict[str, Any]:
 
 
 def _attention(m: Any) -> dict[str, Any]:
-    width = m.out_proj.weight.shape[0]
-    if m._qkv_same_embed_dim:
-        return {"embed_dim": width, "kdim": width, "vdim": width, "head_dim": width // m.num_heads}
-    found = {"kdim": m.k_proj_weight.shape[1], "vdim": m.v_proj_weight.shape[1]}
-    return {"embed_dim": width, **found, "head_dim": width // m.num_heads}
+    width = m.in_proj_weight.shape[1] if m._qkv_same_embed_dim else m.q_proj_weight.shape[1]  # of the queries
+    found = {"embed_dim": width, "kdim": width, "vdim": width, "head_dim": width // m.num_heads}
+    if not m._qkv_same_embed_dim:
+        found.update(kdim=m.k_proj_weight.shape[1], vdim=m.v_proj_weight.shape[1])
+    return found
 
 
 _MIRRORED: dict[type, Callable[[Any], dict[str, Any]]] = {

@@ -8,8 +8,8 @@ it came: training flags, attributes and caches, buffers, random state.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,6 +33,7 @@ class Trace:
     ledger: Ledger
     events: tuple[Event, ...]
     unsupported: Mapping[str, tuple[str, ...]]  # op without rule -> modules in which it ran
+    unread: tuple[str, ...] = ()  # parameters that no op of the run has read
 
 
 Inputs = Any
@@ -103,27 +104,55 @@ def _trace(
         stack.enter_context(_marked(once, ledger))
         for context in (guard, _without_mha_fastpath(), tracer.following_modules(), FunctionMode(tracer), tracer):
             stack.enter_context(context)
-        output = call_model(model, example_inputs, forward_fn)
-        if output_transform is not None:
-            output = output_transform(output)
-    ledger.step = len(tracer.events)
-    for tensor in tensors_in(output):
-        for label in tracer.labels_of(tensor).dims:
-            if label is not None:
-                ledger.freeze(label.ids, "it is an output of the model")
+
+        def run() -> None:
+            output = call_model(model, example_inputs, forward_fn)
+            if output_transform is not None:
+                output = output_transform(output)
+            ledger.step = len(tracer.events)
+            for tensor in tensors_in(output):
+                for label in tracer.labels_of(tensor).dims:
+                    if label is not None:
+                        ledger.freeze(label.ids, "it is an output of the model")
+
+        run()
+        if _unread(held):
+            _run_in_training(model, ledger, run)
     unsupported = {name: tuple(dict.fromkeys(where)) for name, where in tracer.unsupported.items()}
-    return Trace(model, tuple(held), ledger, tuple(tracer.events), unsupported)
+    return Trace(model, tuple(held), ledger, tuple(tracer.events), unsupported, _unread(held))
+
+
+def _unread(held: Sequence[Held]) -> tuple[str, ...]:
+    """The parameters that no op has read."""
+    return tuple(
+        h.name for h in held if h.places[0].kind == "parameter" and max(h.shape, default=1) > 1 and max(h.starts) < 0
+    )
+
+
+def _run_in_training(model: nn.Module, ledger: Ledger, run: Callable[[], None]) -> None:
+    """Run once more in training mode, for layers that only train (auxiliary heads); what cannot run is left unread."""
+    counted = len(ledger.macs)
+    with untouched(model):
+        for module in model.modules():
+            module.training = True
+        with suppress(Exception):  # a training forward may want targets; the layers are then reported as not read
+            run()
+    del ledger.macs[counted:]
 
 
 @contextmanager
 def _marked(modules: Modules, ledger: Ledger) -> Iterator[None]:
     """The model's ints as sizes that remember where they came from, and then as plain ints again."""
     undo = mark_attributes(modules, ledger)
+    before = [(fields, set(fields)) for fields in {id(f): f for f, _, _ in undo}.values()]
     try:
         yield
     finally:
         for fields, name, value in undo:
             fields[name] = value
+        for fields, names in before:
+            for name in set(fields) - names:
+                del fields[name]
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from prunus.coupling import Coupling, Family
@@ -23,6 +24,7 @@ from prunus.graph import DependencyGraph
 from prunus.labels import Ids
 from prunus.report import frozen_text
 from prunus.selection import default_families
+from prunus.sizes import Extent, expression_of, leaves
 from prunus.surgery import borrowed
 from prunus.tracing import ForwardFn, Inputs, call_model, tensors_in
 
@@ -198,12 +200,24 @@ def _culprits(
     return tuple(found)
 
 
+def _averaged(coupling: Coupling) -> NDArray[np.bool_]:
+    """Atoms of dims whose size enters the numbers that are computed: means, norms, scales of attention."""
+    ledger = coupling.trace.ledger
+    found = np.zeros(ledger.size, dtype=bool)
+    sizes = set(ledger.in_values)
+    for ids in (
+        *ledger.averaged,
+        *(leaf.ids for leaf in sizes if isinstance(leaf, Extent)),
+        *(r.ids for r in ledger.requirements if sizes.intersection(leaves(expression_of(r.asked)))),
+    ):
+        found[ids] = True
+    return found
+
+
 def _silence(graph: DependencyGraph, values: dict[str, torch.Tensor], run: _Runner) -> float | None:
     """Remove a bundle of every family over which nothing averages, and compare with zeros in its place."""
     coupling = graph.coupling
-    averaged = np.zeros(coupling.trace.ledger.size, dtype=bool)
-    for ids in coupling.trace.ledger.averaged:
-        averaged[ids] = True
+    averaged = _averaged(coupling)
     chosen: list[Ids] = []
     for family in default_families(coupling):
         units = np.concatenate([lane[: len(lane) // family.count] for lane in family.lanes])

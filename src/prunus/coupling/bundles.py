@@ -11,6 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import lcm
 
 import numpy as np
 
@@ -24,15 +26,19 @@ TINY = 1e-6
 
 @dataclass(frozen=True)
 class Family:
-    """Lanes of units that shrink together: ``count`` bundles of ``len(lane) // count`` units of each lane."""
+    """Lanes of units that shrink together: ``count`` bundles of ``len(lane) // count`` units of each lane.
+
+    ``step`` is how many of the smallest possible bundles must go at once to keep the model's sizes whole numbers.
+    """
 
     lanes: tuple[Ids, ...]
     coarse: bool
+    step: int = 1
 
     @property
     def count(self) -> int:
         """The number of bundles."""
-        return int(np.gcd.reduce([len(lane) for lane in self.lanes]))
+        return int(np.gcd.reduce([len(lane) for lane in self.lanes])) // self.step
 
     @property
     def units(self) -> Ids:
@@ -48,6 +54,7 @@ class _Draft:
     lanes: list[Ids]
     family_of: Ids
     why: dict[int, str] = field(default_factory=dict)
+    step: dict[int, int] = field(default_factory=dict)  # family -> see Family.step
 
     def join(self, families: Iterable[int]) -> None:
         chosen = sorted(set(families))
@@ -84,8 +91,12 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
     families = []
     for family in np.unique(draft.family_of[draft.family_of >= 0]).tolist():
         members = np.flatnonzero(draft.family_of == family)
-        made = Family(tuple(draft.lanes[k] for k in members.tolist()), units.is_coarse(int(draft.lanes[members[0]][0])))
-        if made.count < 2 and len(made.lanes) > 1:
+        made = Family(
+            tuple(draft.lanes[k] for k in members.tolist()),
+            units.is_coarse(int(draft.lanes[members[0]][0])),
+            draft.step.get(family, 1),
+        )
+        if made.count < 2 and (len(made.lanes) > 1 or made.step > 1):
             draft.pin(family, "its parts cannot shrink in step: their sizes have no common divisor")
         elif kind[units.fine_of(made.units)].any():
             families.append(made)
@@ -101,6 +112,12 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids) -> _Draft:
         rows = units.unit_of(balance.ids)
         numbers = np.broadcast_to(random.integers(1, 2**63, size=(len(rows), 1), dtype=np.uint64), rows.shape)
         np.add.at(mark, rows[rows >= 0], numbers[rows >= 0])
+        for k, takers in _partial_takers(units, balance.ids):
+            mark[takers] += numbers[k, 0]
+    parts = {id(r.ids): r.ids for r in ledger.requirements if not _is_own_size(r)}
+    for ids, number in zip(parts.values(), random.integers(1, 2**63, size=len(parts), dtype=np.uint64), strict=True):
+        members = np.unique(units.unit_of(ids))
+        mark[members[members >= 0]] += number
     fine = units.fine_of(np.arange(units.total))
     free = np.flatnonzero(units.free[fine])
     keys = mark[free] + kind[fine[free]].astype(np.uint64)
@@ -113,6 +130,25 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids) -> _Draft:
     return _Draft(lane_of, list(lanes), np.arange(len(lanes)))
 
 
+def _partial_takers(units: Units, ids: Ids) -> list[tuple[int, Ids]]:
+    """Rows of which coarse units take a part (not all), each with the units that do."""
+    pieces = units.pieces.of(ids)
+    broken = np.flatnonzero(pieces[:, 0] != pieces[:, -1])
+    if broken.size == 0 or units.taken.size == 0:
+        return []
+    order, takers = _takers(units)
+    found = []
+    for k in broken.tolist():
+        inside = np.unique(pieces[k])
+        spans = zip(np.searchsorted(order, inside), np.searchsorted(order, inside, side="right"), strict=True)
+        by_piece = [takers[a:b] for a, b in spans]
+        times = np.unique(np.concatenate(by_piece), return_counts=True) if by_piece else (inside[:0], inside[:0])
+        partial = times[0][times[1] < inside.size]
+        if partial.size:
+            found.append((k, partial))
+    return found
+
+
 def _balance(ledger: Ledger, units: Units, draft: _Draft) -> None:
     """Join the lanes of each balance; pin them where the rows do not have equally many free units."""
     left: list[int] = []
@@ -121,6 +157,11 @@ def _balance(ledger: Ledger, units: Units, draft: _Draft) -> None:
     for balance in ledger.balances:
         rows = units.unit_of(balance.ids)
         members = np.unique(draft.lane_of[rows[rows >= 0]])
+        whole = [np.unique(draft.lane_of[takers]) for _, takers in _partial_takers(units, balance.ids)]
+        if whole:
+            lanes = np.unique(np.concatenate(whole))
+            left += [int(lanes[0])] * (lanes.size - 1)
+            right += lanes[1:].tolist()
         if members.size == 0:
             continue
         free = (rows >= 0).sum(axis=1)
@@ -150,6 +191,7 @@ class _Constraints:
         self._taken = np.zeros(len(pieces.start), dtype=bool)
         self._taken[self._take_pieces] = True
         self._contents: dict[int, tuple[Ids, dict[int, int]]] = {}
+        self._solved: dict[int, dict[Attribute, float]] = {}
         self.requirements: list[Requirement] = []
         self.expressions: list[Expression] = []
         self.by_lane: dict[int, set[int]] = {}
@@ -160,7 +202,7 @@ class _Constraints:
     def _add(self, requirement: Requirement, expression: Expression) -> None:
         """Keep a requirement if something that may go changes one of its sizes."""
         used = list(leaves(expression))
-        if isinstance(expression, Extent) and expression.ids is requirement.ids:
+        if _is_own_size(requirement):
             return
         rows = [requirement.ids, *(leaf.ids for leaf in used if isinstance(leaf, Extent))]
         k = len(self.requirements)
@@ -208,6 +250,16 @@ class _Constraints:
             else:
                 for family in involved:
                     self.draft.pin(family, _reason(self.expressions[k], self.requirements[k]))
+        for family in errors:
+            self.draft.step[family] = self._step(family)
+
+    def _step(self, family: int) -> int:
+        """How many bundles must go at once so that every attribute stays a whole number."""
+        lanes = [self.draft.lanes[k] for k in np.flatnonzero(self.draft.family_of == family).tolist()]
+        count = int(np.gcd.reduce([len(lane) for lane in lanes]))
+        solved = self._solved.get(family, {})
+        changes = [(self.read(attribute) - half) * 2 / count for attribute, half in solved.items()]
+        return lcm(*(Fraction(change).limit_denominator(count).denominator for change in changes))
 
     def _balancing(self, errors: dict[int, float]) -> list[int]:
         """The families whose errors have opposite signs: fine ones alone if they do, else all."""
@@ -252,6 +304,7 @@ class _Constraints:
                 if found is not None:
                     solved[found[0]] = found[1]
                     progress = True
+        self._solved[family] = solved
         values = {k: evaluate(self.expressions[k], settled) for k in relevant}
         return {k: v - rows[k] for k, v in values.items() if v is not None and abs(v - rows[k]) > TINY}
 
@@ -267,6 +320,12 @@ class _Constraints:
                         found.add(k)
                         todo.append(k)
         return sorted(found)
+
+
+def _is_own_size(requirement: Requirement) -> bool:
+    """Whether the code sizes a dim by that dim's own size, which always holds."""
+    expression = expression_of(requirement.asked)
+    return isinstance(expression, Extent) and expression.ids is requirement.ids
 
 
 def _takers(units: Units) -> tuple[Ids, Ids]:

@@ -185,12 +185,30 @@ def _implications(ledger: Ledger, pieces: Pieces) -> tuple[Ids, Ids]:
         members = pieces.of(rows.fine)
         cause.append(np.repeat(classes[pieces.of(rows.coarse)], members.shape[1]))
         effect.append(classes[members.reshape(-1)])
+    for outer, inner in _contained(ledger, pieces):
+        cause.append(outer)
+        effect.append(inner)
     for implication in ledger.implications:
         cause.append(classes[pieces.of(implication.cause)])
         effect.append(classes[pieces.of(implication.effect)])
     pairs = np.unique(np.stack((np.concatenate(cause), np.concatenate(effect)), axis=1), axis=0)
     pairs = pairs[pairs[:, 0] != pairs[:, 1]]
     return pairs[:, 0], pairs[:, 1]
+
+
+def _contained(ledger: Ledger, pieces: Pieces) -> list[tuple[Ids, Ids]]:
+    """Classes of coarse atoms whose row holds the whole row of another one, and of that other one."""
+    if len(ledger.rows_of) < 2:
+        return []
+    rows = [pieces.classes[pieces.of(r.fine)] for r in ledger.rows_of]
+    coarse = np.concatenate([pieces.classes[pieces.of(r.coarse)] for r in ledger.rows_of])
+    number = np.repeat(np.arange(len(coarse)), np.concatenate([np.full(len(r), r.shape[1]) for r in rows]))
+    shape = (len(coarse), int(pieces.classes.max()) + 1)
+    members = coo_matrix((np.ones(number.size), (number, np.concatenate([r.reshape(-1) for r in rows]))), shape).tocsr()
+    members.data[:] = 1
+    shared = (members @ members.T).tocoo()
+    whole = (shared.data == np.diff(members.indptr)[shared.col]) & (coarse[shared.row] != coarse[shared.col])
+    return [(coarse[shared.row[whole]], coarse[shared.col[whole]])]
 
 
 def reachable(pieces: Pieces) -> csr_matrix:

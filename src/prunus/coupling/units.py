@@ -131,6 +131,7 @@ def _takes(pieces: Pieces, stay: Ids) -> tuple[Ids, Ids]:
     fines, row = np.unique(pieces.fine[leading], return_inverse=True)
     ones = np.ones(leading.size, dtype=np.int32)
     reached = coo_matrix((ones, (row, pieces.classes[leading])), shape=(len(fines), graph.shape[0])).tocsr()
+    reached.data[:] = 1  # a class on several pieces was summed
     frontier = reached
     while frontier.nnz:
         grown = reached + frontier @ graph

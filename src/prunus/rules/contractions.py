@@ -24,7 +24,7 @@ def linear(op: Op, x: Labelled, weight: Labelled, bias: Labelled | None = None) 
     last = x.ndim - 1
     read = op.couple(x.dims[last], weight.dims[1]) if x.shape[last] > 1 else None
     made = weight.dims[0]
-    if bias is not None and made is not None:
+    if bias is not None:
         made = op.couple(made, bias.dims[0])
     op.reads(weight.dims[1])
     op.hands_on(weight.dims[0])
@@ -47,7 +47,8 @@ def contract(op: Op, operands: Sequence[Labelled], letters: Sequence[Sequence[in
             size[name] = n
     for name, label in found.items():
         (op.hands_on if name in out else op.reads)(label)
-    op.count(*[(n, found.get(name)) for name, n in size.items()])
+    if len(operands) > 1:  # one operand is only moved or summed
+        op.count(*[(n, found.get(name)) for name, n in size.items()])
     summed = [name for name in size if name not in out]
     where = {name: k for k, name in enumerate(out)}
     return tuple(_passing(op, found.get(name), summed, where) for name in out)
@@ -197,7 +198,7 @@ def convolution(
     op.hands_on(made)
     if groups == 1:
         read = op.couple(x.dims[channel], into) if x.shape[channel] > 1 else None
-        counted = made = op.couple(made, bias.dims[0]) if bias is not None and made is not None else made
+        counted = made = op.couple(made, bias.dims[0]) if bias is not None else made
     elif transposed:
         read, counted, made = _grouped_transposed(op, x.dims[channel], weight, bias, groups)
     else:
@@ -214,9 +215,10 @@ def _grouped(
 ) -> tuple[Label | None, Label | None]:
     """What is read inside a group, and the output channels."""
     into, made = weight.dims[1], weight.dims[0]
-    made = op.couple(made, bias.dims[0]) if bias is not None and made is not None else made
     if made is None:
+        op.freeze([x, into, bias.dims[0] if bias is not None else None], f"the output of {op.name} has a fixed size")
         return into, made
+    made = (op.couple(made, bias.dims[0]) if bias is not None else made) or made
     if x is None or x.context:
         op.freeze([into, x], f"the input of {op.name} has a fixed size or depends on other dimensions")
         op.ledger.balance(made.ids.reshape(groups, -1), "groups of a convolution are equally wide")
@@ -229,13 +231,13 @@ def _grouped(
         else:
             op.ledger.belong(x.ids, outs)
             op.ledger.balance(outs, "a depthwise convolution makes equally many channels from each input channel")
-        op.require_sizes([groups], [x])
+        op.require_argument(groups, "groups", 6, x.ids)
         return None, made
     op.ledger.tie(np.broadcast_to(into.ids, ins.shape), ins)
     coarse = op.ledger.rows(ins)
     op.ledger.belong(coarse, outs)
     op.ledger.balance(outs, "groups of a convolution are equally wide")
-    op.require_sizes([groups], [Label(coarse)])
+    op.require_argument(groups, "groups", 6, coarse)
     return into, made
 
 
@@ -257,11 +259,11 @@ def _grouped_transposed(
         op.ledger.tie(np.broadcast_to(made.ids, outs.shape), outs)
     if ins.shape[1] == 1 and outs.shape[1] == 1:
         op.ledger.tie(ins.reshape(-1), outs.reshape(-1))
-        op.require_sizes([groups], [read])
-        return None, None, out
+        op.require_argument(groups, "groups", 6, read.ids)
+        return read, None, out
     coarse = op.ledger.rows(ins) if ins.shape[1] > 1 else ins.reshape(-1)
     op.ledger.belong(coarse, outs)
     op.ledger.balance(ins, "groups of a convolution are equally wide")
     op.ledger.balance(outs, "groups of a convolution are equally wide")
-    op.require_sizes([groups], [Label(coarse)])
+    op.require_argument(groups, "groups", 6, coarse)
     return read, made, out

@@ -219,6 +219,31 @@ def _stacked(op: Op, labels: list[Label | None], d: int, dim: int) -> Label | No
     return settle(Label(wide, (dim, *context)))
 
 
+@rule(aten.glu)
+def glu(op: Op, x: Labelled, dim: int = -1) -> Dims:
+    """The two halves of the dim are paired: position k lives with position k + n/2."""
+    dim %= x.ndim
+    label = x.dims[dim]
+    if label is None:
+        return without_context(op, x, dim)
+    half = label.size // 2
+    op.ledger.tie(label.ids[..., :half], label.ids[..., half:])
+    return take(x, dim, slice(0, half))
+
+
+@rule(aten.pixel_shuffle)
+def pixel_shuffle(op: Op, x: Labelled, upscale_factor: int) -> Dims:
+    """Each output channel stems from a run of ``upscale_factor ** 2`` input channels, which live together."""
+    op.freeze(x.dims[-2:], f"{op.name} moves channels into it")
+    label = x.dims[-3]
+    if label is None or label.context:
+        op.freeze([label], f"{op.name} splits it")
+        return (*x.dims[:-3], None, None, None)
+    runs = label.ids.reshape(-1, upscale_factor**2)
+    op.ledger.tie(np.broadcast_to(runs[:, :1], runs.shape), runs)
+    return (*x.dims[:-3], Label(runs[:, 0]) if len(runs) > 1 else None, None, None)
+
+
 @rule(aten.flip)
 def flip(op: Op, x: Labelled, dims: Sequence[int]) -> Dims:
     """Positions in reverse order."""

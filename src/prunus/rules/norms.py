@@ -90,12 +90,12 @@ def _group_norm(op: Op, x: Labelled, groups: int, weight: Labelled | None, bias:
     if label is None:
         return x.dims
     if x.shape[1] == groups:
-        op.require_sizes([groups], [label])
+        op.require_argument(groups, "num_groups", 1, label.ids)
     elif groups > 1:
         rows = label.ids.reshape(*label.ids.shape[:-1], groups, -1)
         coarse = op.ledger.rows(rows)
         op.ledger.balance(rows, "groups of a group norm are equally wide")
-        op.require_sizes([groups], [Label(coarse)])
+        op.require_argument(groups, "num_groups", 1, coarse)
     if x.shape[1] > groups:
         op.averages(label)
     return (x.dims[0], label, *x.dims[2:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -53,6 +53,18 @@ def gru_packed(
 ) -> list[Dims | None]:  # fmt: skip
     """A stack of GRU or plain recurrent layers on packed sequences."""
     return _stack(op, x, [hx], params, has_biases, num_layers, bidirectional, 3 if op.name == "gru" else 1)
+
+
+@rule(aten._pack_padded_sequence)
+def pack(op: Op, x: Labelled, lengths: Labelled, batch_first: bool) -> list[Dims | None]:
+    """Time and batch become one dim; the features pass."""
+    return [(None, *x.dims[2:]), None]
+
+
+@rule(aten._pad_packed_sequence)
+def unpack(op: Op, x: Labelled, *args: Any) -> list[Dims | None]:
+    """One dim becomes time and batch again; the features pass."""
+    return [(None, None, *x.dims[1:]), None]
 
 
 def _stack(

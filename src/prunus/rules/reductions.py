@@ -41,6 +41,8 @@ def reduce(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims |
         return pointwise(op, x, *args, **kwargs)
     gone = _reduced(op, x, args, kwargs)
     labels = x
+    if op.name in ("max", "min") and len(op.shapes) > 1:
+        op.freeze([x.dims[d] for d in gone], f"{op.name} returns numbers of its positions")
     for d in gone:
         op.averages(labels.dims[d])
         labels = Labelled(x.shape, without_context(op, labels, d))
@@ -87,7 +89,8 @@ def along(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims | 
     dims = range(x.ndim) if dim is None else [dim % x.ndim] if x.ndim else []
     for d in dims:
         op.freeze([x.dims[d]], f"{op.name} compares its positions")
-        x = Labelled(x.shape, without_context(op, x, d))
+        kept = without_context(op, x, d)
+        x = Labelled(x.shape, (*kept[:d], None, *kept[d + 1 :]))
     return [_kept(x, shape, dims) for shape in op.shapes] if len(op.shapes) > 1 else _kept(x, op.shape, dims)
 
 

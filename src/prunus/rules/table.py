@@ -39,6 +39,9 @@ class Call(Protocol):
     def sizes(self, values: Sequence[int]) -> Sequence[Any] | None:
         """The ints that the code passed for ``values``, or None if no Python code named them."""
 
+    def argument(self, value: int, name: str, position: int) -> Any | None:
+        """The int that the code passed as the argument ``name`` (or at ``position``), or None."""
+
     def bounds(self, start: int, end: int, size: int) -> tuple[Any, Any] | None:
         """Start and end of the slice that the code wrote (None where left out), or None if it wrote none."""
 
@@ -98,6 +101,12 @@ class Op:
         for wanted, label in zip(asked or (), dims, strict=False):
             if label is not None and wanted != -1:
                 self.require(wanted, label.ids)
+
+    def require_argument(self, value: int, name: str, position: int, ids: Ids) -> None:
+        """Like :meth:`require_sizes` for one int argument of the call, such as ``groups``."""
+        asked = self.call.argument(value, name, position)
+        if asked is not None:
+            self.require(asked, ids)
 
     def hands_on(self, label: Label | None) -> None:
         """The dim of a weight is the op's output: its layer produces it."""

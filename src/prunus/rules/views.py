@@ -92,7 +92,9 @@ def expand(op: Op, x: Labelled, size: Sequence[int] | Labelled, *, implicit: boo
             model = size.dims[k]
             dims[k] = Label(model.row) if model is not None else None
         return tuple(dims)
-    return sized(op, shape, dims, grown)
+    labels = sized(op, shape, dims, grown)
+    op.ledger.uniform.update(id(d.ids) for k in grown if (d := labels[k]) is not None)
+    return labels
 
 
 def sized(op: Op, shape: Sequence[int], dims: Sequence[Label | None], new: Sequence[int]) -> Dims:
@@ -211,21 +213,19 @@ def _tie_foreign_order(op: Op, label: Label, dim: int, block: Block) -> None:
 
 
 def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
-    """Independent dims merged: each pair is a new atom that goes when one of its causes goes."""
-    labels = [x.dims[d] for d in labelled]
+    """Independent dims merged: a dim that only repeats the others has to stay, and so have all if several are left."""
+    reason = f"{op.name} merges it with another dimension"
+    labels = {d: label for d in labelled if (label := x.dims[d]) is not None}
+    repeats = [d for d, label in labels.items() if id(label.ids) in op.ledger.uniform]
+    op.freeze([labels.pop(d) for d in repeats], reason)
+    if len(labels) == 1:
+        ((dim, label),) = labels.items()
+        return _Leaf(label.ids, label.context, dim)
+    op.freeze(labels.values(), reason)
     shape = tuple(x.shape[d] for d in labelled)
-    ids = op.ledger.fresh(int(np.prod(shape)))
-    op.ledger.pin(ids, f"{op.name} merges two dimensions; a position goes only when its row or column goes")
-    grid = ids.reshape(shape)
-    for axis, label in enumerate(labels):
-        if label is None:
-            continue
-        if label.context:
-            op.freeze([label], f"{op.name} merges it with a dimension that it partly depends on")
-            continue
-        index = tuple(slice(None) if k == axis else None for k in range(len(labels)))
-        op.ledger.imply(label.ids[index], grid)
-    return _Leaf(grid, tuple(labelled[:-1]), labelled[-1])
+    grid = op.ledger.fresh(int(np.prod(shape)))
+    op.ledger.freeze(grid, reason)
+    return _Leaf(grid.reshape(shape), tuple(labelled[:-1]), labelled[-1])
 
 
 def _split(
