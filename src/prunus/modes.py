@@ -22,6 +22,7 @@ from prunus.sizes import PythonCall, shape_of
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})
+_PLAIN = frozenset({int, float, bool, type(None), str})
 _MAKES = frozenset(
     ["zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"]
 )
@@ -171,12 +172,12 @@ class Tracer(TorchDispatchMode):
 
     def _record(self, entry: _Entry, func: Any, args: Any, kwargs: Any, result: Any) -> None:
         inputs: list[Labelled] = []
-        lowered = [self._lower(a, inputs) for a in args]
+        lowered = [a if type(a) in _PLAIN else self._lower(a, inputs) for a in args]
         named = {k: self._lower(v, inputs) for k, v in kwargs.items()} if kwargs else {}
         if not entry.makes and not any(i.labelled for i in inputs):
             return
-        outputs = [r for r in result if isinstance(r, torch.Tensor)] if isinstance(result, (tuple, list)) else [result]
-        outputs = [r for r in outputs if isinstance(r, torch.Tensor)]
+        several = result if isinstance(result, (tuple, list)) else (result,)
+        outputs = [r for r in several if isinstance(r, torch.Tensor)]
         self.ledger.step = len(self.events)
         op = Op(entry.name, self.ledger, inputs, [tuple(r.shape) for r in outputs], self.call)
         found = self._apply(entry, op, lowered, named)

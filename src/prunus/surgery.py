@@ -241,6 +241,8 @@ def _mirror_changes(model: nn.Module, plan: Plan) -> list[Change]:
     changes = [_mirror(model, mirror) for mirror in plan.mirrors]
     for path in sorted(owners):
         module = model.get_submodule(path)
+        if parametrize.is_parametrized(module):  # its weight is frozen, and reading it may compute and change it
+            continue
         for key, value in mirrored(module).items():
             if key in module.__dict__ and module.__dict__[key] != value:
                 changes.append(_swap_key(module.__dict__, key, value))

@@ -281,9 +281,8 @@ def test_latency_on_a_cpu() -> None:
     assert times["dense"] > 0
 
 
-@pytest.mark.xfail(strict=True, reason="layers that the example run does not reach are not reported")
-def test_layers_that_only_train_are_reported() -> None:
-    """A branch that the example run does not reach cannot be followed; whoever prunes is told."""
+def test_layers_that_only_train_are_followed_or_reported() -> None:
+    """A branch that only training reaches is cut too; one that no run reaches is reported to whoever prunes."""
 
     class Auxiliary(nn.Module):
         def __init__(self) -> None:
@@ -295,5 +294,13 @@ def test_layers_that_only_train_are_reported() -> None:
             return (self.b(y), self.aux(y)) if self.training else self.b(y)
 
     model, x = Auxiliary(), torch.randn(2, 4)
-    result = tp.prune(model, x, tp.Target(ratio=0.5))
+    tp.prune(model, x, tp.Target(ratio=0.5))
+    assert model.aux.in_features == 4
+    assert [y.shape for y in model.train()(x)] == [(2, 2), (2, 2)]
+
+    class Wanting(Auxiliary):
+        def forward(self, x: Tensor, target: Tensor | None = None) -> Any:
+            return self.b(self.a(x)) if target is None else self.aux(self.a(x)) - target
+
+    result = tp.prune(Wanting(), x, tp.Target(ratio=0.5))
     assert "aux" in result.frozen()

@@ -116,13 +116,14 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids) -> _Draft:
             mark[takers] += numbers[k, 0]
     parts = {id(r.ids): r.ids for r in ledger.requirements if not _is_own_size(r)}
     for ids, number in zip(parts.values(), random.integers(1, 2**63, size=len(parts), dtype=np.uint64), strict=True):
-        members = np.unique(units.unit_of(ids))
+        members = units.unit_of(ids).reshape(-1)
         mark[members[members >= 0]] += number
     fine = units.fine_of(np.arange(units.total))
     free = np.flatnonzero(units.free[fine])
     keys = mark[free] + kind[fine[free]].astype(np.uint64)
-    _, first, inverse = np.unique(keys, return_index=True, return_inverse=True)
-    rank = np.argsort(np.argsort(first))[inverse]
+    starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))[: keys.size]
+    _, first, inverse = np.unique(keys[starts], return_index=True, return_inverse=True)
+    rank = np.repeat(np.argsort(np.argsort(first))[inverse], np.diff(np.concatenate((starts, [keys.size]))))
     lane_of = np.full(units.total, -1, dtype=np.int64)
     lane_of[free] = rank
     ends = np.cumsum(np.bincount(rank, minlength=len(first)))
@@ -156,7 +157,9 @@ def _balance(ledger: Ledger, units: Units, draft: _Draft) -> None:
     uneven: list[tuple[Ids, str]] = []
     for balance in ledger.balances:
         rows = units.unit_of(balance.ids)
-        members = np.unique(draft.lane_of[rows[rows >= 0]])
+        inside = np.zeros(len(draft.lanes), dtype=bool)
+        inside[draft.lane_of[rows[rows >= 0]]] = True
+        members = np.flatnonzero(inside)
         whole = [np.unique(draft.lane_of[takers]) for _, takers in _partial_takers(units, balance.ids)]
         if whole:
             lanes = np.unique(np.concatenate(whole))
@@ -339,8 +342,11 @@ def _tally(values: Ids) -> dict[int, int]:
     """How often each value occurs."""
     if values.size and (values == values[0]).all():
         return {int(values[0]): values.size}
-    found, times = np.unique(values, return_counts=True)
-    return dict(zip(found.tolist(), times.tolist(), strict=True))
+    if values.size == 0:
+        return {}
+    times = np.bincount(values + 1)
+    found = np.flatnonzero(times)
+    return dict(zip((found - 1).tolist(), times[found].tolist(), strict=True))
 
 
 def _reason(expression: Expression, requirement: Requirement) -> str:

@@ -191,9 +191,10 @@ def _implications(ledger: Ledger, pieces: Pieces) -> tuple[Ids, Ids]:
     for implication in ledger.implications:
         cause.append(classes[pieces.of(implication.cause)])
         effect.append(classes[pieces.of(implication.effect)])
-    pairs = np.unique(np.stack((np.concatenate(cause), np.concatenate(effect)), axis=1), axis=0)
-    pairs = pairs[pairs[:, 0] != pairs[:, 1]]
-    return pairs[:, 0], pairs[:, 1]
+    first, second = np.concatenate(cause), np.concatenate(effect)
+    count = int(classes.max()) + 1
+    pairs = np.unique(first[first != second] * count + second[first != second])
+    return pairs // count, pairs % count
 
 
 def _contained(ledger: Ledger, pieces: Pieces) -> list[tuple[Ids, Ids]]:

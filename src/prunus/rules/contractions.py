@@ -221,6 +221,8 @@ def _grouped(
     made = (op.couple(made, bias.dims[0]) if bias is not None else made) or made
     if x is None or x.context:
         op.freeze([into, x], f"the input of {op.name} has a fixed size or depends on other dimensions")
+        if made.size == groups:
+            op.freeze([made], f"the input channels of {op.name} are fixed, and each makes one output")
         op.ledger.balance(made.ids.reshape(groups, -1), "groups of a convolution are equally wide")
         op.ledger.freeze(op.ledger.rows(made.ids.reshape(groups, -1)), "its input channels are fixed")
         return into, made
