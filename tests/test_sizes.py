@@ -162,14 +162,13 @@ class Sized(nn.Module):
         return self.b(self.a(x).view(-1, self.read(self)))
 
 
-ODD = pytest.mark.xfail(strict=True, reason="c * 2 allows odd widths, and the attribute is truncated")
 PLACES = [
     pytest.param(lambda m: m.c, {"c": 8}, lambda m: m.c, 4, id="attribute"),
     pytest.param(lambda m: m.c[1], {"c": [3, 8]}, lambda m: m.c, [3, 4], id="list"),
     pytest.param(lambda m: m.c[0], {"c": (8, "x")}, lambda m: m.c, (4, "x"), id="tuple"),
     pytest.param(lambda m: m.config.c, {"config": SimpleNamespace(c=8)}, lambda m: m.config.c, 4, id="config"),
     pytest.param(lambda m: m.cfg.c[0], {"cfg": SimpleNamespace(c=[8])}, lambda m: m.cfg.c, [4], id="list-in-config"),
-    pytest.param(lambda m: m.c * 2, {"c": 4}, lambda m: m.c, 2, id="product", marks=ODD),
+    pytest.param(lambda m: m.c * 2, {"c": 4}, lambda m: m.c, 2, id="product"),
     pytest.param(lambda m: m.c // 2, {"c": 16}, lambda m: m.c, 8, id="quotient"),
     pytest.param(lambda m: m.c + 3, {"c": 5}, lambda m: m.c, 1, id="sum"),
     pytest.param(lambda m: 20 - m.c, {"c": 12}, lambda m: m.c, 16, id="difference"),
@@ -259,7 +258,6 @@ def test_an_attribute_that_also_sizes_something_fixed_stays() -> None:
     assert "width" in result.frozen()
 
 
-@pytest.mark.xfail(strict=True, reason="the bounds of a slice are looked for by value, the first that fits is taken")
 def test_two_slices_of_equal_bounds_keep_their_own_attribute() -> None:
     """``x[:, : s.p, : s.q]`` with ``p == q``: each dim is sized by its own attribute."""
 
@@ -279,7 +277,6 @@ def test_two_slices_of_equal_bounds_keep_their_own_attribute() -> None:
     assert asked == {"p", "q"}
 
 
-@pytest.mark.xfail(strict=True, reason="the attribute of groups= is looked for by value: the stride's is set")
 def test_stride_of_the_same_value_is_not_taken_for_groups() -> None:
     """``groups=`` is found by its place in the call, not by its value."""
 

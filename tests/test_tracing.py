@@ -113,7 +113,6 @@ def test_prune_and_undo_leave_it_as_it_was() -> None:
     assert equal(before, picture(model))
 
 
-@pytest.mark.xfail(strict=True, reason="keys that forward adds to a config object stay")
 def test_new_keys_of_a_config_go_away() -> None:
     """What forward adds to a config object is taken off again."""
 
@@ -132,7 +131,6 @@ def test_new_keys_of_a_config_go_away() -> None:
     assert vars(model.config) == {"hidden": 8}
 
 
-@pytest.mark.xfail(strict=True, reason="an in-place op leaves the labels of a finished trace on a held tensor")
 def test_labels_are_not_left_on_held_tensors() -> None:
     """A buffer that forward overwrites carries nothing into the next trace."""
     model = Restless()
@@ -141,7 +139,6 @@ def test_labels_are_not_left_on_held_tensors() -> None:
     assert prunus.verify(model, X).groups == prunus.verify(model, X).groups == 2
 
 
-@pytest.mark.xfail(strict=True, reason="an in-place op leaves the labels of a finished trace on the user's input")
 def test_labels_are_not_left_on_the_inputs() -> None:
     """An input that forward overwrites carries nothing into the next trace."""
 

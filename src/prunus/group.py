@@ -16,6 +16,7 @@ from prunus.importance import Member, members_of
 from prunus.labels import Ids
 from prunus.plan import Plan
 from prunus.surgery import Receipt
+from prunus.tracing import Trace
 
 if TYPE_CHECKING:
     from prunus.graph import DependencyGraph
@@ -99,27 +100,35 @@ class Sides(NamedTuple):
     by_dim: Mapping[tuple[int, int], Side]
 
 
+def _nodes(trace: Trace) -> list[tuple[Node | None, bool]]:
+    """For each held tensor its layer, or the tensor itself where it is a bare parameter; and whether it is a layer."""
+    layers: dict[str, Node | None] = {}
+    found: list[tuple[Node | None, bool]] = []
+    for held in trace.held:
+        place = held.places[0]
+        owner = trace.modules[place.module]
+        if place.module not in layers:
+            layers[place.module] = None if functions_for(owner) is None else Node(place.module, owner)
+        layer = layers[place.module]
+        bare = Node(place.full, getattr(owner, place.name)) if layer is None and place.kind == "parameter" else None
+        found.append((layer or bare, layer is not None))
+    return found
+
+
 def find_sides(coupling: Coupling) -> Sides:
     """Which tensor dims belong to which side of which layer."""
-    modules = dict(coupling.trace.model.named_modules(remove_duplicate=False))
+    nodes = _nodes(coupling.trace)
+    consumers = coupling.consumers
     dims: dict[tuple[int, bool], list[tuple[int, int]]] = {}
-    nodes: dict[int, Node] = {}
-    for k in range(len(coupling.axis_start)):
-        held, dim = int(coupling.axis_held[k]), int(coupling.axis_dim[k])
-        place = coupling.trace.held[held].places[0]
-        owner: Any = modules[place.module]
-        node = Node(place.module, owner)
-        if functions_for(owner) is None:
-            if place.kind != "parameter":
-                continue
-            node = Node(place.full, getattr(owner, place.name))
-        elif dim >= 2:
-            continue
-        nodes[id(node.module)] = node
-        dims.setdefault((id(node.module), (held, dim) in coupling.consumers), []).append((held, dim))
+    by_id: dict[int, Node] = {}
+    for held, dim in zip(coupling.axis_held.tolist(), coupling.axis_dim.tolist(), strict=True):
+        node, is_layer = nodes[held]
+        if node is not None and (dim < 2 or not is_layer):
+            by_id[id(node.module)] = node
+            dims.setdefault((id(node.module), (held, dim) in consumers), []).append((held, dim))
     by_layer, by_dim = {}, {}
     for (module, reads), found in dims.items():
-        node = nodes[module]
+        node = by_id[module]
         pair = functions_for(node.module) or (prune_parameter_out_channels, prune_parameter_in_channels)
         side = Side(node, pair[1] if reads else pair[0], tuple(found))
         by_layer[module, reads] = side

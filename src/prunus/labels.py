@@ -89,7 +89,7 @@ class Labelled:
         self.shape = shape
         self.dims = dims
         self.source = source
-        self.labelled = any(d is not None for d in dims)
+        self.labelled = dims.count(None) < len(dims)
 
     @property
     def ndim(self) -> int:

@@ -33,7 +33,8 @@ class Trace:
     ledger: Ledger
     events: tuple[Event, ...]
     unsupported: Mapping[str, tuple[str, ...]]  # op without rule -> modules in which it ran
-    unread: tuple[str, ...] = ()  # parameters that no op of the run has read
+    unread: tuple[str, ...]  # parameters that no op of the run has read
+    modules: Mapping[str, nn.Module]  # every path of every module
 
 
 Inputs = Any
@@ -100,7 +101,7 @@ def _trace(
     held, index = held_tensors(modules)
     once: Modules = [(path, m) for m, path in {m: path for path, m in reversed(modules)}.items()]
     tracer = Tracer(ledger, held, index, once)
-    with untouched(model, values=False), tracer.protecting(), ExitStack() as stack:
+    with untouched(model, [m for _, m in once], values=False), tracer.protecting(), ExitStack() as stack:
         stack.enter_context(_marked(once, ledger))
         for context in (guard, _without_mha_fastpath(), tracer.following_modules(), FunctionMode(tracer), tracer):
             stack.enter_context(context)
@@ -119,7 +120,7 @@ def _trace(
         if _unread(held):
             _run_in_training(model, ledger, run)
     unsupported = {name: tuple(dict.fromkeys(where)) for name, where in tracer.unsupported.items()}
-    return Trace(model, tuple(held), ledger, tuple(tracer.events), unsupported, _unread(held))
+    return Trace(model, tuple(held), ledger, tuple(tracer.events), unsupported, _unread(held), dict(modules))
 
 
 def _unread(held: Sequence[Held]) -> tuple[str, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 import numpy as np
@@ -16,7 +16,7 @@ _CONTAINERS = frozenset({dict, list, set})
 
 
 @contextmanager
-def untouched(model: nn.Module, *, values: bool = True) -> Iterator[None]:
+def untouched(model: nn.Module, modules: Sequence[nn.Module] | None = None, *, values: bool = True) -> Iterator[None]:
     """Put `model` in evaluation mode, and afterwards put everything back that a forward pass may have changed.
 
     Modes are set on each module directly: the `train()` of some classes also merges or freezes weights. Put back are
@@ -26,9 +26,10 @@ def untouched(model: nn.Module, *, values: bool = True) -> Iterator[None]:
 
     Args:
         model: Any module.
+        modules: Its modules, each once, if they are known already.
         values: Whether the values of tensors are kept and put back too; false where the caller sees to that.
     """
-    modules = list(model.modules())
+    modules = list(model.modules()) if modules is None else modules
     with ExitStack() as stack:
         stack.enter_context(_random_states(model))
         memories = [_Memory(module, values) for module in modules]

@@ -78,7 +78,6 @@ def test_heads_and_head_dims_are_families_of_their_own() -> None:
     assert (stream.count, len(stream.lanes[0])) == (12, 12)
 
 
-@pytest.mark.xfail(strict=True, reason="an attribute called dim is taken for the number of a dimension")
 def test_a_width_may_be_called_dim() -> None:
     """``self.dim`` is a common name for a width: it follows like any other."""
 
@@ -193,7 +192,6 @@ def test_rank_pairs_the_least_important_of_each_lane() -> None:
     assert ranking.scores.tolist() == [5.5, 11.0, 16.5]
 
 
-@pytest.mark.xfail(strict=True, reason="the parts of a split are one lane, so one of them can lose everything")
 def test_no_part_of_a_split_vanishes() -> None:
     """However unimportant a part is, one position of it stays: layers do not run on nothing."""
 

@@ -89,13 +89,7 @@ class Attention(nn.Module):
         (1, 1),
         (1, 2),
         (2, 1),
-        pytest.param(
-            2,
-            2,
-            marks=pytest.mark.xfail(
-                strict=True, reason="equal rows of a batch get different coarse atoms, which labels the batch"
-            ),
-        ),
+        (2, 2),
     ],
 )
 def test_multihead_attention(oracle: Oracle, depth: int, batch: int) -> None:
@@ -111,14 +105,12 @@ def test_multihead_attention(oracle: Oracle, depth: int, batch: int) -> None:
     model.train()(inputs).sum().backward()
 
 
-@pytest.mark.xfail(strict=True, reason="embed_dim is set to the width of the output, not of the queries")
 @pytest.mark.parametrize("arguments", [{"residual": False}, {"mix": True}], ids=str)
 def test_multihead_attention_whose_output_is_pruned_alone(oracle: Oracle, arguments: dict[str, Any]) -> None:
     """The output projection may get narrower than the queries; embed_dim is the width of the queries."""
     oracle(Attention(**arguments), TOKENS)
 
 
-@pytest.mark.xfail(strict=True, reason="the silence test does not know scales that Python computes from a size")
 def test_attention_over_another_sequence(oracle: Oracle) -> None:
     class Cross(nn.Module):
         def __init__(self) -> None:
@@ -278,17 +270,9 @@ def _with_parametrisation(layer: nn.Module) -> nn.Module:
 @pytest.mark.parametrize(
     ("name", "wrap"),
     [
-        pytest.param(
-            "weight_norm",
-            weight_norm,
-            marks=pytest.mark.xfail(strict=True, reason="a labelled bias beside an unlabelled weight is not frozen"),
-        ),
+        ("weight_norm", weight_norm),
         ("weight_norm of another dim", lambda layer: weight_norm(layer, dim=1)),
-        pytest.param(
-            "old weight_norm",
-            nn.utils.weight_norm,
-            marks=pytest.mark.xfail(strict=True, reason="a labelled bias beside an unlabelled weight is not frozen"),
-        ),
+        ("old weight_norm", nn.utils.weight_norm),
         ("old spectral_norm", spectral_norm),
         ("spectral_norm", nn.utils.parametrizations.spectral_norm),
         ("a parametrisation", _with_parametrisation),
@@ -315,7 +299,6 @@ def test_parametrised_layers_are_pruned_kept_or_refused(
     assert torch.equal(model(IMAGE), expected)
 
 
-@pytest.mark.xfail(strict=True, reason="a labelled bias beside an unlabelled weight is not frozen")
 def test_positional_conv_of_wav2vec(model_state: Callable[..., Any], states_equal: Callable[..., bool]) -> None:
     """A grouped convolution whose weight is normalised over its kernel: pruned or kept, and the graph verifies."""
 

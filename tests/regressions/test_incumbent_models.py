@@ -37,7 +37,6 @@ class Language(nn.Module):
         return self.head(x + self.mid(x).relu())
 
 
-@pytest.mark.xfail(strict=True, reason="size attributes follow only at the first place of a tied tensor")
 def test_tied_weights_stay_tied(oracle: Oracle) -> None:
     model, tokens = Language(), torch.randint(0, 11, (2, 5))
     oracle(model, tokens)
@@ -207,7 +206,6 @@ def test_a_hard_coded_view_is_named_with_file_and_line() -> None:
     assert model(x).shape == (2, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="torchvision is taken for torch: its path begins alike")
 def test_a_hard_coded_view_in_a_library_is_named_there() -> None:
     """A package whose folder begins with "torch" (torchvision) is user code too."""
     path = torch.__path__[0] + "vision/made_up.py"

@@ -222,7 +222,6 @@ NETWORKS = [
         0,
         0.0,
         id="weight_norm",
-        marks=pytest.mark.xfail(strict=True, reason="a bias whose weight has no label is neither tied nor frozen"),
     ),
     pytest.param(
         lambda net: net.Net(

@@ -193,10 +193,6 @@ NETWORKS = [
         8,
         0.964,
         id="inplace-slice",
-        marks=pytest.mark.xfail(
-            strict=True,
-            reason="units of one lane on two sides of a slice bound are permuted across it (verify, false alarm)",
-        ),
     ),
     pytest.param(
         lambda net: net.Net(
@@ -225,7 +221,6 @@ NETWORKS = [
         4,
         0.947,
         id="glu",
-        marks=pytest.mark.xfail(strict=True, reason="no rule for glu"),
     ),
 ]
 

@@ -125,9 +125,6 @@ NETWORKS = [
         8,
         0.994,
         id="lstm-packed",
-        marks=pytest.mark.xfail(
-            strict=True, reason="a 0-dim tensor among the sizes of torch.zeros hides the attribute beside it"
-        ),
     ),
     pytest.param(
         lambda net: net.Net(

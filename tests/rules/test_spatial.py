@@ -125,7 +125,6 @@ NETWORKS = [
         2,
         0.909,
         id="pixel-shuffle",
-        marks=pytest.mark.xfail(strict=True, reason="no rule for pixel_shuffle"),
     ),
 ]
 

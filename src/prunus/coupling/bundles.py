@@ -241,20 +241,30 @@ class _Constraints:
         """Join families that only together keep every size right; pin those that cannot."""
         families = {int(self.draft.family_of[lane]) for lane in self.by_lane}
         errors = {f: self._errors(f) for f in sorted(families) if f >= 0}
-        while failing := {k for found in errors.values() for k in found}:
-            k = min(failing)
-            involved = {f: found[k] for f, found in errors.items() if k in found}
-            joined = self._balancing(involved)
-            for family in joined or involved:
+        while failing := sorted({k for found in errors.values() for k in found}):
+            involved = [{f: found[k] for f, found in errors.items() if k in found} for k in failing]
+            joins = [chosen for families in involved if (chosen := self._balancing(families))]
+            if joins:
+                self._join(joins, errors)
+                continue
+            for family in involved[0]:
                 del errors[family]
-            if joined:
-                self.draft.join(joined)
-                errors[min(joined)] = self._errors(min(joined))
-            else:
-                for family in involved:
-                    self.draft.pin(family, _reason(self.expressions[k], self.requirements[k]))
+                self.draft.pin(family, _reason(self.expressions[failing[0]], self.requirements[failing[0]]))
         for family in errors:
             self.draft.step[family] = self._step(family)
+
+    def _join(self, joins: list[list[int]], errors: dict[int, dict[int, float]]) -> None:
+        """Join sets of families (those that overlap become one), and look at the results again."""
+        home: dict[int, set[int]] = {}
+        for families in joins:
+            merged = set(families).union(*(home.get(f, ()) for f in families))
+            home.update(dict.fromkeys(merged, merged))
+        for merged in {id(m): m for m in home.values()}.values():
+            for family in merged:
+                del errors[family]
+            self.draft.join(merged)
+        for family in sorted({min(m) for m in home.values()}):
+            errors[family] = self._errors(family)
 
     def _step(self, family: int) -> int:
         """How many bundles must go at once so that every attribute stays a whole number."""
@@ -262,6 +272,8 @@ class _Constraints:
         count = int(np.gcd.reduce([len(lane) for lane in lanes]))
         solved = self._solved.get(family, {})
         changes = [(self.read(attribute) - half) * 2 / count for attribute, half in solved.items()]
+        if all(change == round(change) for change in changes):
+            return 1
         return lcm(*(Fraction(change).limit_denominator(count).denominator for change in changes))
 
     def _balancing(self, errors: dict[int, float]) -> list[int]:

@@ -14,7 +14,7 @@ from prunus.coupling.pieces import Pieces, cut_into_pieces
 from prunus.coupling.units import Units, find_units
 from prunus.held import axis_of
 from prunus.labels import Ids
-from prunus.sizes import read_attribute
+from prunus.sizes import Attribute, read_attribute
 from prunus.tracing import Trace
 
 _NONE: Ids = np.empty(0, dtype=np.int64)
@@ -178,7 +178,11 @@ def couple(trace: Trace) -> Coupling:
     axis = np.where(inside, axis, -1)
     units = find_units(trace.ledger, pieces)
     kind = _kinds(pieces, units, axis, len(start))
-    bundling = find_bundles(trace.ledger, units, kind, lambda attribute: read_attribute(trace.model, attribute))
+
+    def read(attribute: Attribute) -> int:
+        return read_attribute(trace.modules[attribute.path], Attribute("", attribute.name, attribute.index))
+
+    bundling = find_bundles(trace.ledger, units, kind, read)
     return Coupling(trace, pieces, units, bundling, start, held, dim, axis, kind)
 
 

@@ -7,6 +7,7 @@ single atom, whatever its length: a plain network of a million channels has a fe
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
@@ -87,16 +88,9 @@ def _cuts(ledger: Ledger) -> NDArray[np.bool_]:
     for begin in (ties.left, ties.right):
         cut[begin] = True
         cut[begin + ties.length] = True
-    done: set[int] = set()
-    for ids in (
-        *(f.ids for f in ledger.freezes),
-        *(r.row for r in ledger.requirements),
-        *(b.ids for b in ledger.balances),
-        *(r.fine for r in ledger.rows_of),
-    ):
-        if id(ids) not in done:
-            done.add(id(ids))
-            _cut_rows(cut, ids)
+    groups = (ledger.freezes, ledger.requirements, ledger.balances)
+    rows_of = {id(item.ids): item.ids for items in groups for item in items}
+    _cut_rows(cut, [*rows_of.values(), *(r.fine for r in ledger.rows_of)])
     for rows in ledger.rows_of:
         _cut_single(cut, rows.coarse)
     for implication in ledger.implications:
@@ -111,17 +105,20 @@ def _cut_single(cut: NDArray[np.bool_], ids: Ids) -> None:
     cut[ids + 1] = True
 
 
-def _cut_rows(cut: NDArray[np.bool_], ids: Ids) -> None:
-    """Cut where a consecutive stretch of a row begins or ends."""
-    if ids.size == 0:
+def _cut_rows(cut: NDArray[np.bool_], arrays: Iterable[Ids]) -> None:
+    """Cut where a consecutive stretch of a row (the last axis of an array) begins or ends."""
+    found = [ids for ids in arrays if ids.size]
+    if not found:
         return
-    rows = ids.reshape(-1, ids.shape[-1])
-    cut[rows[:, 0]] = True
-    cut[rows[:, -1] + 1] = True
-    if rows.shape[1] > 1 and not (rows[:, -1] - rows[:, 0] == rows.shape[1] - 1).all():
-        broken = rows[:, 1:] - rows[:, :-1] != 1
-        cut[rows[:, 1:][broken]] = True
-        cut[rows[:, :-1][broken] + 1] = True
+    flat = np.concatenate([ids.reshape(-1) for ids in found])
+    widths = np.repeat([ids.shape[-1] for ids in found], [ids.size // ids.shape[-1] for ids in found])
+    ends = np.cumsum(widths)
+    cut[flat[ends - widths]] = True
+    cut[flat[ends - 1] + 1] = True
+    broken = flat[1:] - flat[:-1] != 1
+    broken[ends[:-1] - 1] = False
+    cut[flat[1:][broken]] = True
+    cut[flat[:-1][broken] + 1] = True
 
 
 def _travel(cut: NDArray[np.bool_], left: Ids, right: Ids, length: Ids) -> None:

@@ -73,7 +73,13 @@ class Units:
 
     def is_coarse(self, unit: int) -> bool:
         """Whether the unit takes whole rows (a head) rather than one position."""
-        return int(self.fine_of(np.array([unit]))[0]) in self.takes
+        return bool(self._coarse[unit])
+
+    @cached_property
+    def _coarse(self) -> NDArray[np.bool_]:
+        found = np.zeros(self.total, dtype=bool)
+        found[self.base[self.taker]] = True
+        return found
 
 
 def find_units(ledger: Ledger, pieces: Pieces) -> Units:
