@@ -377,3 +377,23 @@ def test_under_no_grad_composites_arrive_decomposed_all_the_same() -> None:
     assert found.ok
     assert found.groups == 1
     assert not found.unsupported
+
+
+def test_ops_that_return_a_held_tensor_leave_nothing_on_it() -> None:
+    """`p.contiguous()` is `p` itself: what one trace knows of it must not reach the next one."""
+
+    class Loose(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.p, self.q = nn.Parameter(torch.randn(6, 8)), nn.Linear(8, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.q(x.contiguous() @ self.p.contiguous().to(torch.float32))
+
+    model, x = Loose(), torch.randn(3, 6)
+    for width in (4, 2):
+        assert prunus.verify(model, x).ok
+        prunus.prune(model, x, prunus.Target(ratio=0.5))
+        assert model.p.shape == (6, width)
+        assert not vars(model.p)
+        assert not vars(x)

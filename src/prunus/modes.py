@@ -111,13 +111,12 @@ class Tracer(TorchDispatchMode):
         lasting = self._lasting.get(id(tensor)) if self._lasting else None
         if lasting is not None:
             return lasting[1]
-        found: Labelled | None = tensor.__dict__.get(MARK)
+        index = self._index.get(id(tensor))
+        if index is None:
+            marked: Labelled | None = tensor.__dict__.get(MARK)
+            return unlabelled(tensor.shape) if marked is None else marked
+        found = self._known.get(id(tensor))
         if found is None:
-            found = self._known.get(id(tensor))
-        if found is None:
-            index = self._index.get(id(tensor))
-            if index is None:
-                return unlabelled(tensor.shape)
             found = self._known[id(tensor)] = self._held_labels(index)
         return found
 
@@ -183,7 +182,7 @@ class Tracer(TorchDispatchMode):
         found = self._apply(entry, op, lowered, named)
         labels = found if isinstance(found, list) else [found]
         for tensor, dims in zip(outputs, labels, strict=False):
-            if dims is not None:
+            if dims is not None and id(tensor) not in self._index:  # some ops return a held tensor itself
                 labelled = Labelled(tuple(tensor.shape), dims, len(self.events))
                 if entry.mutable and MARK not in tensor.__dict__:
                     self._lasting[id(tensor)] = (tensor, labelled)

@@ -233,10 +233,6 @@ NETWORKS = [
         None,
         None,
         id="spectral_norm",
-        marks=pytest.mark.xfail(
-            strict=True,
-            reason="a parametrised weight fails in the middle of the cut instead of being refused or frozen",
-        ),
     ),
 ]
 
