@@ -292,11 +292,15 @@ def _runs(left: Ids, right: Ids) -> Ids:
         return np.array([[left[0], right[0], left.size]], dtype=np.int64)
     starts = np.concatenate(([0], breaks))
     lengths = np.diff(np.concatenate((starts, [left.size])))
-    return np.unique(np.stack((left[starts], right[starts], lengths), axis=1), axis=0)
+    runs = np.stack((left[starts], right[starts], lengths), axis=1)
+    grows = (runs[1:, :2] > runs[:-1, :2]).all(axis=0)
+    return runs if grows.any() else np.unique(runs, axis=0)
 
 
 def _overlaps(starts: Ids, lengths: Ids) -> Ids:
     """1 for each interval that shares a position with another one."""
+    if (starts[1:] >= starts[:-1] + lengths[:-1]).all():
+        return np.zeros(len(starts), dtype=np.int64)
     order = np.argsort(starts, kind="stable")
     begin, end = starts[order], starts[order] + lengths[order]
     reach = np.maximum.accumulate(end)
