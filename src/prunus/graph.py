@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
 from prunus.coupling import Coupling, Family, couple
+from prunus.coupling.explain import explain, why_not
 from prunus.errors import InputError, SurgeryError
 from prunus.functions import (
     PruningFn,
@@ -29,7 +30,7 @@ from prunus.labels import Ids
 from prunus.plan import Alive, Plan, everything_alive, make_plan
 from prunus.sizes import Fact
 from prunus.surgery import Receipt, apply
-from prunus.tracing import ForwardFn, Inputs, trace
+from prunus.tracing import ForwardFn, Inputs, Trace, trace
 
 
 def _shares(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> list[tuple[Ids, int, int, Ids]]:
@@ -106,9 +107,9 @@ class DependencyGraph:
         return self
 
     @staticmethod
-    def _freeze(found: Any, layers: Sequence[Any], params: Sequence[Any]) -> None:
+    def _freeze(found: Trace, layers: Sequence[Any], params: Sequence[Any]) -> None:
         """Freeze what the caller wants to keep: the outputs of layers, all dims of parameters."""
-        inside = {id(m): path for path, m in found.model.named_modules()}
+        inside = {id(m) for m in found.modules.values()}
         chosen: set[int] = set()
         whole = {id(p) for p in (*params, *(x for x in layers if isinstance(x, torch.Tensor)))}
         for layer in layers:
@@ -121,10 +122,9 @@ class DependencyGraph:
             chosen |= {id(m) for m in layer.modules()}
         if not chosen and not whole:
             return
-        read = {ids.item(0) for ids in found.ledger.contracted} - {ids.item(0) for ids in found.ledger.passed}
-        by_path = dict(found.model.named_modules(remove_duplicate=False))
+        read = found.ledger.only_read
         for held in found.held:
-            owners = {id(by_path[p.module]) for p in held.places}
+            owners = {id(found.modules[p.module]) for p in held.places}
             for start, n in zip(held.starts, held.shape, strict=True):
                 if start < 0:
                     continue
@@ -163,6 +163,12 @@ class DependencyGraph:
         if self._sides is None:
             self._sides = find_sides(self.coupling)
         return self._sides
+
+    def sides_of(self, units: Ids) -> list[Side]:
+        """The sides of layers that ``units`` cut, in the order in which the model uses them."""
+        groups = self.coupling.group_of_unit[units]
+        slices = [s for k in np.unique(groups[groups >= 0]).tolist() for s in self.coupling.groups[k].slices]
+        return [side for s in slices if (side := self.sides.by_dim.get((s.held, s.dim))) is not None]
 
     def _side(self, module: Any, fn: Callable[..., Any]) -> Side:
         """The side of ``module`` that ``fn`` cuts."""
@@ -300,8 +306,6 @@ class DependencyGraph:
     def _plan(self, units: Ids) -> tuple[Plan, Alive]:
         stuck = ~self.coupling.movable[units]
         if stuck.any():
-            from prunus.coupling.explain import why_not
-
             raise SurgeryError(f"a part of this group may not go: {why_not(self.coupling, int(units[stuck][0]))}")
         return make_plan(self.coupling, self.alive, units, self.facts)
 
@@ -341,6 +345,4 @@ class DependencyGraph:
 
     def explain(self, layer: nn.Module | str) -> str:
         """For every dim of a layer: which group it is in and through which ops, or why it has to stay."""
-        from prunus.coupling.explain import explain
-
         return explain(self.coupling, layer)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.nn.parameter import is_lazy
 
@@ -41,6 +42,13 @@ class Held:
     def name(self) -> str:
         """The dotted name of its first place."""
         return self.places[0].full
+
+    def left(self, alive: NDArray[np.bool_]) -> list[int]:
+        """The shape of the tensor with only the ``alive`` atoms."""
+        return [
+            int(np.count_nonzero(alive[start : start + n])) if start >= 0 else n
+            for n, start in zip(self.shape, self.starts, strict=True)
+        ]
 
 
 Modules = list[tuple[str, nn.Module]]  # every path of every module

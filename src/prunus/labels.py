@@ -142,11 +142,6 @@ class Requirement(NamedTuple):
     step: int
     place: str
 
-    @property
-    def row(self) -> Ids:
-        """One of the rows."""
-        return first_row(self.ids)
-
 
 class MacTerm(NamedTuple):
     """``factor`` times the product of the surviving lengths of ``rows``: multiply-adds of one step."""
@@ -275,6 +270,11 @@ class Ledger:
     def count_macs(self, factor: int, rows: Iterable[Ids]) -> None:
         """The step does ``factor * prod(len(row))`` multiply-adds."""
         self.macs.append(MacTerm(factor, tuple(rows), self.step))
+
+    @property
+    def only_read(self) -> set[int]:
+        """First atoms of the dims that a layer reads (a weight's input columns) and never makes."""
+        return {ids.item(0) for ids in self.contracted} - {ids.item(0) for ids in self.passed}
 
     @property
     def ties(self) -> TieTable:

@@ -115,9 +115,9 @@ class Tracer(TorchDispatchMode):
         if index is None:
             marked: Labelled | None = tensor.__dict__.get(MARK)
             return unlabelled(tensor.shape) if marked is None else marked
-        found = self._known.get(id(tensor))
+        found = self._known.get(index)
         if found is None:
-            found = self._known[id(tensor)] = self._held_labels(index)
+            found = self._known[index] = self._held_labels(index)
         return found
 
     def _held_labels(self, index: int) -> Labelled:
@@ -125,11 +125,9 @@ class Tracer(TorchDispatchMode):
         held = self.held[index]
         dims: list[Label | None] = []
         for d, size in enumerate(held.shape):
-            if held.starts[d] < 0 and size > 1:
+            if size > 1:
                 held.starts[d] = self.ledger.size
-                dims.append(Label(self.ledger.fresh(size)))
-            else:
-                dims.append(self._again(held, d) if size > 1 else None)
+            dims.append(Label(self.ledger.fresh(size)) if size > 1 else None)
         reason = _untouchable(held)
         if reason is not None:
             self.ledger.step = len(self.events)
@@ -137,13 +135,6 @@ class Tracer(TorchDispatchMode):
                 if label is not None:
                     self.ledger.freeze(label.ids, reason)
         return Labelled(held.shape, tuple(dims), -2 - index)
-
-    def _again(self, held: Held, d: int) -> Label:
-        for known in self._known.values():
-            label = known.dims[d] if d < len(known.dims) else None
-            if label is not None and int(label.ids.flat[0]) == held.starts[d]:
-                return label
-        raise AssertionError(f"{held.name}: atoms without a label")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

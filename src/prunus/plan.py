@@ -7,7 +7,7 @@ copy of the model that it was made for.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from prunus.coupling import Coupling
 from prunus.errors import InputError, SurgeryError
 from prunus.labels import Ids, surviving
-from prunus.sizes import Attribute, Extent, Fact, evaluate, expression_of, read_attribute, solve
+from prunus.sizes import Attribute, Fact, expression_of, read_attribute, solve_all
 
 if TYPE_CHECKING:
     from prunus.surgery import Receipt
@@ -164,6 +164,18 @@ def everything_alive(coupling: Coupling) -> Alive:
 
 def footprint(coupling: Coupling, alive: Alive) -> Footprint:
     """The cost of the model with only the ``alive`` atoms, from what was recorded while tracing."""
+    macs = sum(count for _, count in macs_by_step(coupling, alive))
+    params = size = 0
+    for held in coupling.trace.held:
+        if held.places[0].kind == "parameter":
+            left = prod(held.left(alive))
+            params += left
+            size += left * held.tensor.element_size()
+    return Footprint(macs, params, size)
+
+
+def macs_by_step(coupling: Coupling, alive: Alive) -> Iterator[tuple[int, int]]:
+    """The steps of the trace that multiply, and the multiply-adds of each with only the ``alive`` atoms."""
     counts: dict[int, int] = {}
 
     def extent(ids: Ids) -> int:
@@ -172,21 +184,8 @@ def footprint(coupling: Coupling, alive: Alive) -> Footprint:
             found = counts[id(ids)] = surviving(alive, ids)
         return found
 
-    macs = sum(term.factor * prod(extent(ids) for ids in term.rows) for term in coupling.trace.ledger.macs)
-    params = size = 0
-    for held in coupling.trace.held:
-        if held.places[0].kind == "parameter":
-            shape = _shape(held.shape, held.starts, alive)
-            params += prod(shape)
-            size += prod(shape) * held.tensor.element_size()
-    return Footprint(macs, params, size)
-
-
-def _shape(shape: Sequence[int], starts: Sequence[int], alive: Alive) -> list[int]:
-    return [
-        int(np.count_nonzero(alive[start : start + n])) if start >= 0 else n
-        for n, start in zip(shape, starts, strict=True)
-    ]
+    for term in coupling.trace.ledger.macs:
+        yield term.step, term.factor * prod(extent(ids) for ids in term.rows)
 
 
 def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact] = ()) -> tuple[Plan, Alive]:
@@ -218,29 +217,13 @@ def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact
 def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
     """The attributes that change, from the sizes that the code asks for."""
     requirements = coupling.trace.ledger.requirements
-    model = coupling.trace.model
-    solved: dict[Attribute, float] = {}
 
-    def known(leaf: Attribute | Extent) -> float | None:
-        return surviving(alive, leaf.ids) if isinstance(leaf, Extent) else solved.get(leaf)
+    def read(attribute: Attribute) -> int:
+        return read_attribute(coupling.trace.model, attribute)
 
-    def settled(leaf: Attribute | Extent) -> float | None:
-        value = known(leaf)
-        return read_attribute(model, leaf) if value is None and isinstance(leaf, Attribute) else value
-
-    expressions = [expression_of(r.asked) for r in requirements]
-    sizes = [surviving(alive, r.ids) for r in requirements]
-    order = sorted(range(len(requirements)), key=lambda k: not isinstance(expressions[k], Attribute))
-    progress = True
-    while progress:
-        progress = False
-        for k in order:
-            found = solve(expressions[k], sizes[k], known)
-            if found is not None:
-                solved[found[0]] = found[1]
-                progress = True
-    for requirement, expression, size in zip(requirements, expressions, sizes, strict=True):
-        value = evaluate(expression, settled)
+    demands = [(expression_of(r.asked), surviving(alive, r.ids)) for r in requirements]
+    solved, values = solve_all(demands, lambda ids: surviving(alive, ids), read)
+    for requirement, (expression, size), value in zip(requirements, demands, values, strict=True):
         if value is None or abs(value - size) > TINY:
             raise SurgeryError(
                 f"{expression} would be {value} where the code needs {size} "
@@ -249,12 +232,12 @@ def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
     for attribute, new in solved.items():
         if abs(new - round(new)) > TINY:
             raise SurgeryError(f"{attribute} would have to be {new:g}, which is no whole number; remove another number")
-    changed = ((a, round(v)) for a, v in solved.items() if round(v) != read_attribute(model, a))
+    changed = ((a, round(v)) for a, v in solved.items() if round(v) != read(a))
     return tuple(Setting(a.path, a.name, a.index, v) for a, v in changed)
 
 
 def _mirrors(coupling: Coupling, facts: Sequence[Fact]) -> tuple[Mirror, ...]:
-    paths: Mapping[int, str] = {id(m): path for path, m in coupling.trace.model.named_modules()}
+    paths = {id(m): path for path, m in coupling.trace.model.named_modules()} if facts else {}
     found = []
     for fact in facts:
         if id(fact.module) not in paths:
@@ -274,5 +257,6 @@ __all__ = [
     "Setting",
     "everything_alive",
     "footprint",
+    "macs_by_step",
     "make_plan",
 ]

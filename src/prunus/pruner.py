@@ -36,17 +36,16 @@ def linear_scheduler(ratio: float, steps: int) -> list[float]:
 def score_with(graph: DependencyGraph, importance: Criterion) -> Callable[[UnitGroup], torch.Tensor | None]:
     """The criterion as a function of the engine's groups."""
     living = graph.coupling.alive_units(graph.alive)
-    sides = graph.sides.by_dim
 
     def score(group: UnitGroup) -> torch.Tensor | None:
         left = group.units[living[group.units]]
         scores = torch.full((len(group.units),), float("inf"))
         if left.size == 0:
             return scores
-        side = next((sides[s.held, s.dim] for s in group.slices if (s.held, s.dim) in sides), None)
-        if side is None:
+        sides = graph.sides_of(group.units)
+        if not sides:
             return None
-        found = importance(Group(graph, left, side))
+        found = importance(Group(graph, left, sides[0]))
         if found is None:
             return None
         if found.shape != (len(left),):
@@ -146,10 +145,8 @@ class BasePruner:
 
     def _makers(self, family: Family) -> list[Any]:
         """The layers that make the family's units."""
-        coupling, sides = self.DG.coupling, self.DG.sides.by_dim
-        groups = {int(k) for k in coupling.group_of_unit[family.units] if k >= 0}
-        found = [sides.get((s.held, s.dim)) for k in sorted(groups) for s in coupling.groups[k].slices]
-        return [s.node.module for s in found if s is not None and self.DG.is_out_channel_pruning_fn(s.handler)]
+        sides = self.DG.sides_of(family.units)
+        return [s.node.module for s in sides if self.DG.is_out_channel_pruning_fn(s.handler)]
 
     def _has_root(self, family: Family) -> bool:
         return any(isinstance(m, (*self.root_module_types, torch.Tensor)) for m in self._makers(family))
@@ -189,16 +186,11 @@ class BasePruner:
         for family in self._families:
             units = chosen[np.isin(chosen, family.units)]
             if units.size:
-                yield Group(graph, units, self._root(units))
+                yield Group(graph, units, graph.sides_of(units)[0])
 
     def _share(self, ratio: float) -> float:
         steps = self._schedule(ratio, self.iterative_steps)
         return steps[min(self.current_step, self.iterative_steps)]
-
-    def _root(self, units: Any) -> Any:
-        coupling, sides = self.DG.coupling, self.DG.sides.by_dim
-        groups = sorted({int(k) for k in coupling.group_of_unit[units] if k >= 0})
-        return next(sides[s.held, s.dim] for k in groups for s in coupling.groups[k].slices if (s.held, s.dim) in sides)
 
     def pruning_history(self) -> list[Plan]:
         """The plans that were applied, in order."""

@@ -13,8 +13,7 @@ from rich.table import Table
 
 from prunus.coupling import Coupling
 from prunus.coupling.explain import frozen
-from prunus.labels import surviving
-from prunus.plan import Alive, Footprint
+from prunus.plan import Alive, Footprint, macs_by_step
 
 if TYPE_CHECKING:
     from prunus.graph import DependencyGraph
@@ -40,10 +39,7 @@ def layer_table(coupling: Coupling, before: Alive, after: Alive, dense: Footprin
         place = held.places[0]
         if place.kind != "parameter":
             continue
-        old, new = (
-            [int(np.count_nonzero(a[s : s + n])) if s >= 0 else n for n, s in zip(held.shape, held.starts, strict=True)]
-            for a in (before, after)
-        )
+        old, new = held.left(before), held.left(after)
         if old == new or (len(old) < 2 and "bias" in place.name):
             continue
         macs = (macs_before.get(place.module, 0), macs_after.get(place.module, 0)) if len(old) > 1 else (0, 0)
@@ -63,11 +59,8 @@ def _int(shape: list[int]) -> str:
 
 def _macs_by_module(coupling: Coupling, alive: Alive) -> Mapping[str, int]:
     found: dict[str, int] = {}
-    for term in coupling.trace.ledger.macs:
-        module = coupling.trace.events[term.step].module
-        count = term.factor
-        for ids in term.rows:
-            count *= surviving(alive, ids)
+    for step, count in macs_by_step(coupling, alive):
+        module = coupling.trace.events[step].module
         found[module] = found.get(module, 0) + count
     return found
 
@@ -76,7 +69,7 @@ def frozen_text(coupling: Coupling) -> str:
     """What has to stay and why: a line for each reason, with the number of positions and the first tensor."""
     by_reason: dict[str, list[tuple[str, int]]] = {}
     for tensor, dim, reason, count in frozen(coupling):
-        by_reason.setdefault(reason.split(" (")[0], []).append((f"{tensor} dim {dim}", count))
+        by_reason.setdefault(reason, []).append((f"{tensor} dim {dim}", count))
     lines = []
     for reason, found in by_reason.items():
         others = f" and {len(found) - 1} more" if len(found) > 1 else ""

@@ -212,8 +212,8 @@ def choose_for_target(
     if not target.met_by(dense, least):
         raise TargetError(
             f"{target} cannot be met: with everything removed that may go, MACs are {least.macs / dense.macs:.1%} and "
-            f"parameters {least.params / dense.params:.1%} of the dense model; ask for more, or see report() for what "
-            "is frozen and why"
+            f"parameters {least.params / dense.params:.1%} of the dense model; ask for a larger share, or ask "
+            "DependencyGraph.explain(layer) why a layer has to stay"
         )
     low, high, best = 0.0, 1.0, most
     for _ in range(12):

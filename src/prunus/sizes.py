@@ -20,7 +20,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from prunus.labels import Ids, Labelled, Ledger, first_row
+from prunus.labels import Ids, Labelled, Ledger
 
 SMALLEST = 2  # a size of 1 cannot be pruned, so it is never followed
 _HOUSEKEEPING = frozenset(
@@ -49,11 +49,6 @@ class Extent:
     """The number of surviving positions of a labelled dim (``ids``: its atoms, by rows)."""
 
     ids: Ids
-
-    @property
-    def row(self) -> Ids:
-        """The atoms of one row."""
-        return first_row(self.ids)
 
     def __str__(self) -> str:
         return "a size of the tensor itself"
@@ -127,6 +122,40 @@ def solve(expression: Expression, value: float, known: Lookup) -> tuple[Attribut
     if isinstance(expression, Attribute) and known(expression) is None and not isnan(value):
         return expression, value
     return None
+
+
+def solve_all(
+    demands: Sequence[tuple[Expression, float]], extent: Callable[[Ids], float], read: Callable[[Attribute], int]
+) -> tuple[dict[Attribute, float], list[float | None]]:
+    """Set attributes so that every expression equals its size, as far as that can be.
+
+    Args:
+        demands: pairs of an expression and the size that it must have.
+        extent: how many positions a labelled dim has.
+        read: the present value of an attribute; those that nothing determines keep it.
+
+    Returns:
+        The attributes that are determined, and the value that each expression then has.
+    """
+    solved: dict[Attribute, float] = {}
+
+    def known(leaf: Attribute | Extent) -> float | None:
+        return extent(leaf.ids) if isinstance(leaf, Extent) else solved.get(leaf)
+
+    def settled(leaf: Attribute | Extent) -> float | None:
+        value = known(leaf)
+        return read(leaf) if value is None and isinstance(leaf, Attribute) else value
+
+    direct_first = sorted(demands, key=lambda demand: not isinstance(demand[0], Attribute))
+    progress = True
+    while progress:
+        progress = False
+        for expression, size in direct_first:
+            found = solve(expression, size, known)
+            if found is not None:
+                solved[found[0]] = found[1]
+                progress = True
+    return solved, [evaluate(expression, settled) for expression, _ in demands]
 
 
 class Size(int):

@@ -27,6 +27,7 @@ from prunus.selection import default_families
 from prunus.sizes import Extent, expression_of, leaves
 from prunus.surgery import borrowed
 from prunus.tracing import ForwardFn, Inputs, call_model, tensors_in
+from prunus.untouched import untouched
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -121,8 +122,6 @@ class _Runner:
         self.model, self.inputs, self.forward_fn, self.output_transform = model, inputs, forward_fn, output_transform
 
     def __call__(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
-        from prunus.untouched import untouched
-
         with untouched(self.model), torch.no_grad(), borrowed(self.model, values):
             output = call_model(self.model, self.inputs, self.forward_fn)
             if self.output_transform is not None:
@@ -257,12 +256,8 @@ def prunable_share(coupling: Coupling) -> float:
     total = fixed = 0
     for held in coupling.trace.held:
         if held.places[0].kind == "parameter":
-            stays = [
-                n - int(np.count_nonzero(free[s : s + n])) if s >= 0 else n
-                for n, s in zip(held.shape, held.starts, strict=True)
-            ]
             total += prod(held.shape)
-            fixed += prod(stays)
+            fixed += prod(held.left(~free))
     if not total:
         raise PrunusError("the model has no parameters")
     return 1 - fixed / total

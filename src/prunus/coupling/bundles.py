@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
 from math import lcm
+from typing import TypeAlias
 
 import numpy as np
 
 from prunus.coupling.pieces import components
 from prunus.coupling.units import Units
 from prunus.labels import Ids, Ledger, Requirement, first_row
-from prunus.sizes import Attribute, Expression, Extent, evaluate, expression_of, leaves, solve
+from prunus.sizes import Attribute, Expression, Extent, expression_of, leaves, solve_all
 
 TINY = 1e-6
 
@@ -44,6 +45,9 @@ class Family:
     def units(self) -> Ids:
         """Every unit of the family."""
         return np.concatenate(self.lanes)
+
+
+_Partial: TypeAlias = "list[tuple[int, Ids]]"  # rows of a balance, each with the coarse units that take a part of it
 
 
 @dataclass
@@ -84,8 +88,9 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
         kind: a number for each fine atom, equal where units cut the same dims.
         read: the present value of a module's attribute.
     """
-    draft = _lanes(ledger, units, kind)
-    _balance(ledger, units, draft)
+    partial = [_partial_takers(units, balance.ids) for balance in ledger.balances]
+    draft = _lanes(ledger, units, kind, partial)
+    _balance(ledger, units, draft, partial)
     if ledger.requirements:
         _Constraints(ledger, units, draft, read).settle()
     families = []
@@ -104,15 +109,15 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
     return Bundling(tuple(families), draft.lane_of, draft.why)
 
 
-def _lanes(ledger: Ledger, units: Units, kind: Ids) -> _Draft:
+def _lanes(ledger: Ledger, units: Units, kind: Ids, partial: list[_Partial]) -> _Draft:
     """Units of one kind that are in the same rows of the same balances form a lane."""
     random = np.random.default_rng(0)
     mark = np.zeros(units.total, dtype=np.uint64)
-    for balance in ledger.balances:
+    for balance, takings in zip(ledger.balances, partial, strict=True):
         rows = units.unit_of(balance.ids)
         numbers = np.broadcast_to(random.integers(1, 2**63, size=(len(rows), 1), dtype=np.uint64), rows.shape)
         np.add.at(mark, rows[rows >= 0], numbers[rows >= 0])
-        for k, takers in _partial_takers(units, balance.ids):
+        for k, takers in takings:
             mark[takers] += numbers[k, 0]
     parts = {id(r.ids): r.ids for r in ledger.requirements if not _is_own_size(r)}
     for ids, number in zip(parts.values(), random.integers(1, 2**63, size=len(parts), dtype=np.uint64), strict=True):
@@ -131,36 +136,31 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids) -> _Draft:
     return _Draft(lane_of, list(lanes), np.arange(len(lanes)))
 
 
-def _partial_takers(units: Units, ids: Ids) -> list[tuple[int, Ids]]:
+def _partial_takers(units: Units, ids: Ids) -> _Partial:
     """Rows of which coarse units take a part (not all), each with the units that do."""
     pieces = units.pieces.of(ids)
     broken = np.flatnonzero(pieces[:, 0] != pieces[:, -1])
-    if broken.size == 0 or units.taken.size == 0:
-        return []
-    order, takers = _takers(units)
     found = []
     for k in broken.tolist():
         inside = np.unique(pieces[k])
-        spans = zip(np.searchsorted(order, inside), np.searchsorted(order, inside, side="right"), strict=True)
-        by_piece = [takers[a:b] for a, b in spans]
-        times = np.unique(np.concatenate(by_piece), return_counts=True) if by_piece else (inside[:0], inside[:0])
-        partial = times[0][times[1] < inside.size]
+        takers, times = np.unique(units.takers_of(inside), return_counts=True)
+        partial = takers[times < inside.size]
         if partial.size:
             found.append((k, partial))
     return found
 
 
-def _balance(ledger: Ledger, units: Units, draft: _Draft) -> None:
+def _balance(ledger: Ledger, units: Units, draft: _Draft, partial: list[_Partial]) -> None:
     """Join the lanes of each balance; pin them where the rows do not have equally many free units."""
     left: list[int] = []
     right: list[int] = []
     uneven: list[tuple[Ids, str]] = []
-    for balance in ledger.balances:
+    for balance, takings in zip(ledger.balances, partial, strict=True):
         rows = units.unit_of(balance.ids)
         inside = np.zeros(len(draft.lanes), dtype=bool)
         inside[draft.lane_of[rows[rows >= 0]]] = True
         members = np.flatnonzero(inside)
-        whole = [np.unique(draft.lane_of[takers]) for _, takers in _partial_takers(units, balance.ids)]
+        whole = [np.unique(draft.lane_of[takers]) for _, takers in takings]
         if whole:
             lanes = np.unique(np.concatenate(whole))
             left += [int(lanes[0])] * (lanes.size - 1)
@@ -190,9 +190,6 @@ class _Constraints:
         free = np.repeat(units.free[pieces.fine], pieces.length)
         self._piece_at = np.repeat(np.arange(len(pieces.start)), pieces.length)
         self._lane_at = np.where(free, draft.lane_of[units.of_atom], -1)
-        self._take_pieces, self._takers = _takers(units)
-        self._taken = np.zeros(len(pieces.start), dtype=bool)
-        self._taken[self._take_pieces] = True
         self._contents: dict[int, tuple[Ids, dict[int, int]]] = {}
         self._solved: dict[int, dict[Attribute, float]] = {}
         self.requirements: list[Requirement] = []
@@ -226,14 +223,10 @@ class _Constraints:
         row = first_row(ids)
         found = _tally(self._lane_at[row])
         found.pop(-1, None)
-        pieces = self._piece_at[row]
-        if self._taken[pieces].any():
-            spans = np.searchsorted(self._take_pieces, pieces), np.searchsorted(self._take_pieces, pieces, side="right")
-            takers = np.concatenate([self._takers[a:b] for a, b in zip(*spans, strict=True)])
-            for unit, n in _tally(takers).items():
-                if n < row.size:
-                    lane = int(self.draft.lane_of[unit])
-                    found[lane] = found.get(lane, 0) + n
+        for unit, n in _tally(self.units.takers_of(self._piece_at[row])).items():
+            if n < row.size:
+                lane = int(self.draft.lane_of[unit])
+                found[lane] = found.get(lane, 0) + n
         self._contents[id(ids)] = (ids, found)
         return found
 
@@ -291,7 +284,6 @@ class _Constraints:
     def _errors(self, family: int) -> dict[int, float]:
         """By how much each requirement is off (asked minus there) when half of a family goes."""
         relevant = self._relevant(family)
-        solved: dict[Attribute, float] = {}
         members = set(np.flatnonzero(self.draft.family_of == family).tolist())
         extents: dict[int, float] = {}
 
@@ -302,26 +294,13 @@ class _Constraints:
                 found = extents[id(ids)] = ids.shape[-1] - gone / 2
             return found
 
-        def known(leaf: Attribute | Extent) -> float | None:
-            return extent(leaf.ids) if isinstance(leaf, Extent) else solved.get(leaf)
-
-        def settled(leaf: Attribute | Extent) -> float | None:
-            value = known(leaf)
-            return self.read(leaf) if value is None and isinstance(leaf, Attribute) else value
-
-        rows = {k: extent(self.requirements[k].ids) for k in relevant}
-        waiting = sorted(relevant, key=lambda k: (not isinstance(self.expressions[k], Attribute), k))
-        progress = True
-        while progress:
-            progress = False
-            for k in waiting:
-                found = solve(self.expressions[k], rows[k], known)
-                if found is not None:
-                    solved[found[0]] = found[1]
-                    progress = True
-        self._solved[family] = solved
-        values = {k: evaluate(self.expressions[k], settled) for k in relevant}
-        return {k: v - rows[k] for k, v in values.items() if v is not None and abs(v - rows[k]) > TINY}
+        demands = [(self.expressions[k], extent(self.requirements[k].ids)) for k in relevant]
+        self._solved[family], values = solve_all(demands, extent, self.read)
+        errors = {}
+        for k, (_, size), value in zip(relevant, demands, values, strict=True):
+            if value is not None and abs(value - size) > TINY:
+                errors[k] = value - size
+        return errors
 
     def _relevant(self, family: int) -> list[int]:
         """The requirements that a family touches, and those that share an attribute with them."""
@@ -341,13 +320,6 @@ def _is_own_size(requirement: Requirement) -> bool:
     """Whether the code sizes a dim by that dim's own size, which always holds."""
     expression = expression_of(requirement.asked)
     return isinstance(expression, Extent) and expression.ids is requirement.ids
-
-
-def _takers(units: Units) -> tuple[Ids, Ids]:
-    """Pieces that coarse units take, ascending, and the unit that takes each."""
-    free = units.free[units.taker]
-    order = np.argsort(units.taken[free], kind="stable")
-    return units.taken[free][order], units.base[units.taker[free]][order]
 
 
 def _tally(values: Ids) -> dict[int, int]:

@@ -94,10 +94,8 @@ class Coupling:
     @cached_property
     def consumers(self) -> frozenset[tuple[int, int]]:
         """``(held, dim)`` of every dim that a layer reads (a weight's input columns), rather than makes."""
-        read = {ids.item(0) for ids in self.trace.ledger.contracted}
-        made = {ids.item(0) for ids in self.trace.ledger.passed}
         starts = {int(s): k for k, s in enumerate(self.axis_start)}
-        chosen = [starts[s] for s in read - made if s in starts]
+        chosen = [starts[s] for s in self.trace.ledger.only_read if s in starts]
         return frozenset((int(self.axis_held[k]), int(self.axis_dim[k])) for k in chosen)
 
     @cached_property

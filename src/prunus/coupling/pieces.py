@@ -43,10 +43,6 @@ class Pieces:
         """The piece that holds each atom."""
         return np.searchsorted(self.start, positions, side="right") - 1
 
-    def within(self, ids: Ids) -> Ids:
-        """The distinct pieces that a set of atoms touches."""
-        return np.unique(self.of(ids.reshape(-1)))
-
 
 def cut_into_pieces(ledger: Ledger) -> Pieces:
     """Pieces, classes, fine atoms and implications of everything that was recorded."""

@@ -19,7 +19,7 @@ _NONE: Ids = np.empty(0, dtype=np.int64)
 class Units:
     """Every fine atom as a candidate for removal, and what its removal takes.
 
-    ``stay[f]`` is the freeze that keeps fine atom ``f`` (-1: it may go); ``stay_class`` the same for classes.
+    ``stay[f]`` is the freeze that keeps fine atom ``f`` (-1: it may go).
     ``base[f]`` is the number of its first unit; its units are numbered along its pieces. Only those of fine atoms that
     are ``free`` may be chosen.
     ``taken[k]`` is a piece that goes as a whole when coarse atom ``taker[k]`` goes.
@@ -28,7 +28,6 @@ class Units:
     pieces: Pieces
     freezes: tuple[Freeze, ...]
     stay: Ids
-    stay_class: Ids
     free: NDArray[np.bool_]
     base: Ids
     width: Ids
@@ -48,11 +47,6 @@ class Units:
         pieces = self.pieces
         return np.repeat(self.base[pieces.fine] - pieces.start, pieces.length) + np.arange(int(pieces.length.sum()))
 
-    def number_of(self, positions: Ids) -> Ids:
-        """The unit of each atom."""
-        piece = self.pieces.of(positions)
-        return self.base[self.pieces.fine[piece]] + positions - self.pieces.start[piece]
-
     def unit_of(self, positions: Ids) -> Ids:
         """The unit of each atom (-1 where it may not be chosen)."""
         piece = self.pieces.of(positions)
@@ -70,6 +64,26 @@ class Units:
     @cached_property
     def _sorted(self) -> Ids:
         return self.base[self._order]
+
+    def takers_of(self, pieces: Ids) -> Ids:
+        """The coarse units that take each of ``pieces`` (a unit once for each)."""
+        taken, takers = self._by_piece
+        if not self._is_taken[pieces].any():
+            return _NONE
+        spans = zip(np.searchsorted(taken, pieces), np.searchsorted(taken, pieces, side="right"), strict=True)
+        return np.concatenate([takers[a:b] for a, b in spans])
+
+    @cached_property
+    def _by_piece(self) -> tuple[Ids, Ids]:
+        free = self.free[self.taker]
+        order = np.argsort(self.taken[free], kind="stable")
+        return self.taken[free][order], self.base[self.taker[free]][order]
+
+    @cached_property
+    def _is_taken(self) -> NDArray[np.bool_]:
+        found = np.zeros(len(self.pieces.start), dtype=bool)
+        found[self._by_piece[0]] = True
+        return found
 
     def is_coarse(self, unit: int) -> bool:
         """Whether the unit takes whole rows (a head) rather than one position."""
@@ -103,7 +117,7 @@ def find_units(ledger: Ledger, pieces: Pieces) -> Units:
     order = np.argsort(first, kind="stable")
     base = np.zeros(count, dtype=np.int64)
     base[order] = np.cumsum(width[order]) - width[order]
-    return Units(pieces, freezes, stay, stay_class, free, base, width, taker, taken, int(width.sum()))
+    return Units(pieces, freezes, stay, free, base, width, taker, taken, int(width.sum()))
 
 
 def _frozen_classes(pieces: Pieces, freezes: tuple[Freeze, ...]) -> Ids:
