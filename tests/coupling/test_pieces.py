@@ -101,14 +101,13 @@ def test_rows_of_equal_rows_share_too() -> None:
     assert pieces.classes[pieces.of(top_q)].tolist() == pieces.classes[pieces.of(top_k)].tolist()
 
 
-def test_of_and_within() -> None:
+def test_of() -> None:
     """Each atom is found in its piece."""
     ledger = Ledger()
     a = ledger.fresh(5)
     ledger.fresh(2)
     pieces = cut_into_pieces(ledger)
     assert pieces.of(a).tolist() == [1] * 5
-    assert pieces.within(np.array([[1, 6], [2, 7]])).tolist() == [1, 2]
     assert pieces.length.tolist() == [1, 5, 2]
 
 

@@ -59,7 +59,7 @@ class Golden:
                 for dim, (start, n) in enumerate(zip(held.starts, held.shape, strict=True)):
                     if 0 <= start <= first < start + n:
                         return f"{held.name}{dim}", first - start
-        return "new", int(self.units.number_of(np.array([atom]))[0])
+        return "new", int(self.units.of_atom[atom])
 
     def row(self, ids: Any) -> str:
         """One row of ids as runs of positions."""
