@@ -13,11 +13,12 @@ from torch.nn.modules.module import register_module_forward_hook, register_modul
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prunus.calls import PythonCall
 from prunus.held import Held, Modules
 from prunus.labels import Dims, Label, Labelled, Ledger, unlabelled
 from prunus.rules import Op, lookup
 from prunus.rules.table import Rule
-from prunus.sizes import PythonCall, shape_of
+from prunus.sizes import shape_of
 
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]

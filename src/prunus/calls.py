@@ -1,0 +1,83 @@
+"""Calls: the ints among the arguments of the torch function that the model's code is calling."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from prunus.sizes import Size
+
+
+class PythonCall:
+    """The call of a torch function in the model's code: finds the ints among its arguments."""
+
+    __slots__ = ("args", "func", "kwargs", "matched")
+
+    def __init__(self, func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        self.func = func
+        self.args = args
+        self.kwargs = kwargs
+        self.matched: set[int] = set()  # slices of an index that were told to belong to an op
+
+    def sizes(self, values: Sequence[int]) -> Sequence[Any] | None:
+        """The ints that the code passed for ``values`` (-1 matches any), or None."""
+        if len(values) == 1:
+            ints = [a for a in (*self.args, *self.kwargs.values()) if _is_int(a) and a == values[0]]
+            ints.sort(key=lambda a: not isinstance(a, Size))
+            if ints:
+                return [ints[0]]
+        for found in self._sequences():
+            if len(found) == len(values):
+                plain = [v if isinstance(a, torch.Tensor) else a for a, v in zip(found, values, strict=True)]
+                if all(v == -1 or a in (v, -1) for a, v in zip(plain, values, strict=True)):
+                    return plain
+        return None
+
+    def argument(self, value: int, name: str, position: int) -> Any | None:
+        """The int that the code passed as the argument ``name`` (or at ``position``), or None."""
+        given = self.kwargs.get(name, self.args[position] if len(self.args) > position else None)
+        return given if _is_int(given) and given == value else None
+
+    def _sequences(self) -> Iterator[Sequence[Any]]:
+        for first in (0, 1, 2):
+            tail = self.args[first:]
+            if tail and all(_is_size(a) for a in tail):
+                yield tail
+        for a in (*self.args, *self.kwargs.values()):
+            if isinstance(a, (list, tuple)) and a and all(_is_size(v) for v in a):
+                yield a
+
+    def bounds(self, start: int, end: int, size: int) -> tuple[Any, Any] | None:
+        """Start and end of the slice ``start:end`` as the code wrote it."""
+        if getattr(self.func, "__name__", "") == "narrow":
+            first = self.kwargs.get("start", self.args[2] if len(self.args) > 2 else None)
+            length = self.kwargs.get("length", self.args[-1])
+            return (first, first + length) if _is_int(first) and _is_int(length) else None
+        index = self.args[1] if len(self.args) > 1 else None
+        for k, part in enumerate(index if isinstance(index, tuple) else (index,)):
+            if isinstance(part, slice) and k not in self.matched and part.indices(size) == (start, end, 1):
+                self.matched.add(k)
+                return part.start, part.stop
+        return None
+
+    def place(self) -> str:
+        """File and line of the innermost code outside torch and this package."""
+        frame = sys._getframe(1)
+        torch_home, own_home = f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}"
+        while frame.f_back is not None and frame.f_code.co_filename.startswith((torch_home, own_home)):
+            frame = frame.f_back
+        return f"{frame.f_code.co_filename}:{frame.f_lineno}"
+
+
+def _is_size(value: Any) -> bool:
+    """An int, or a tensor that holds one."""
+    return _is_int(value) or (isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_floating_point())
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
