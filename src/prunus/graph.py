@@ -33,14 +33,22 @@ from prunus.surgery import Receipt, apply
 from prunus.tracing import ForwardFn, Inputs, Trace, trace
 
 
-def _shares(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> list[tuple[Ids, int, int, Ids]]:
-    """For each lane: its living units, its quota, how many bundles must go, and which of them are begun."""
+def _lacking(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> list[Ids]:
+    """What each lane of a family must lose besides what is ``chosen``, so that all lose the same share, by position."""
     lanes = [lane[living[lane]] for lane in family.lanes]
     quotas = [len(lane) // family.count for lane in family.lanes]
-    begun = [np.unique(np.flatnonzero(chosen[lane]) // quota) for lane, quota in zip(lanes, quotas, strict=True)]
-    need = max(-(-np.count_nonzero(chosen[lane]) // quota) for lane, quota in zip(lanes, quotas, strict=True))
-    bundles = np.unique(np.concatenate(begun))
-    return [(lane, quota, need, bundles) for lane, quota in zip(lanes, quotas, strict=True)]
+    need = max(-(-int(np.count_nonzero(chosen[lane])) // q) for lane, q in zip(lanes, quotas, strict=True))
+    if all(need * q >= len(lane) for lane, q in zip(lanes, quotas, strict=True)):
+        return [lane[~chosen[lane]] for lane in lanes]
+    begun = np.unique(np.concatenate([np.flatnonzero(chosen[v]) // q for v, q in zip(lanes, quotas, strict=True)]))
+    found = []
+    for lane, quota in zip(lanes, quotas, strict=True):
+        near = (begun[:, None] * quota + np.arange(quota)).reshape(-1)
+        order = np.concatenate((np.flatnonzero(chosen[lane]), near[near < len(lane)], np.arange(len(lane))))
+        _, first = np.unique(order, return_index=True)
+        picked = lane[order[np.sort(first)]][: need * quota]
+        found.append(picked[~chosen[picked]])
+    return found
 
 
 ROOT_TYPES: tuple[type, ...] = (_ConvNd, nn.Linear)
@@ -227,15 +235,7 @@ class DependencyGraph:
         if not families:
             return units
         living = coupling.alive_units(self.alive)
-        extra = [units]
-        for family in families:
-            for lane, quota, need, bundles in _shares(family, living, chosen):
-                near = (bundles[:, None] * quota + np.arange(quota)).reshape(-1)
-                order = np.concatenate((np.flatnonzero(chosen[lane]), near[near < len(lane)], np.arange(len(lane))))
-                _, first = np.unique(order, return_index=True)
-                picked = lane[order[np.sort(first)]][: need * quota]
-                extra.append(picked[~chosen[picked]])
-        return np.concatenate(extra)
+        return np.concatenate([units, *(extra for family in families for extra in _lacking(family, living, chosen))])
 
     def get_all_groups(
         self, ignored_layers: Sequence[Any] = (), root_module_types: Sequence[type] = ROOT_TYPES

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -29,12 +29,11 @@ class Place(NamedTuple):
         return f"{self.module}.{self.name}" if self.module else self.name
 
 
-@dataclass(frozen=True)
-class Held:
+class Held(NamedTuple):
     """A tensor that the model keeps, every place where it hangs, and the first atom of each of its dims (-1: none)."""
 
     tensor: torch.Tensor
-    places: Sequence[Place]
+    places: list[Place]
     shape: tuple[int, ...]
     starts: list[int]
 
@@ -51,6 +50,7 @@ class Held:
         ]
 
 
+_NO_TENSOR = frozenset({bool, int, float, str, dict, list, tuple, set, OrderedDict, type(None)})
 Modules = list[tuple[str, nn.Module]]  # every path of every module
 
 
@@ -62,32 +62,33 @@ def held_tensors(modules: Modules) -> tuple[list[Held], dict[int, int]]:
     held: list[Held] = []
     index: dict[int, int] = {}
     by_memory: dict[int, list[int]] = {}
-    places: list[list[Place]] = []
     for path, module in modules:
         kinds = (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", module.__dict__))
         for kind, fields in kinds:
             for name, tensor in fields.items():
-                if not isinstance(tensor, torch.Tensor) or name.startswith("__"):
+                if type(tensor) in _NO_TENSOR or not isinstance(tensor, torch.Tensor) or name.startswith("__"):
                     continue
-                if is_lazy(tensor):
-                    raise InputError(f"{path}.{name} is not initialised yet: run the model once before pruning it")
                 k = index.get(id(tensor))
                 if k is None:
+                    if is_lazy(tensor):
+                        raise InputError(f"{path}.{name} is not initialised yet: run the model once before pruning it")
                     twins = by_memory.setdefault(_address(tensor), [])
-                    k = next((t for t in twins if _same_view(held[t].tensor, tensor)), len(held))
+                    k = (
+                        next((t for t in twins if _same_view(held[t].tensor, tensor)), len(held))
+                        if twins
+                        else len(held)
+                    )
                     index[id(tensor)] = k
                     if k == len(held):
                         twins.append(k)
-                        places.append([])
-                        held.append(Held(tensor, places[k], tuple(tensor.shape), [-1] * tensor.dim()))
-                places[k].append(Place(path, name, kind))
+                        held.append(Held(tensor, [], tuple(tensor.shape), [-1] * tensor.dim()))
+                held[k].places.append(Place(path, name, kind))
     return held, index
 
 
 def _address(tensor: torch.Tensor) -> int:
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.numel() == 0:
-        return -id(tensor)
-    return tensor.data_ptr()
+    """Where the values are; a number of its own for a tensor that has none in memory."""
+    return (tensor.layout is torch.strided and tensor.data_ptr()) or -id(tensor)
 
 
 def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -179,6 +179,7 @@ class Ledger:
         self.averaged: list[Ids] = []  # dims over which a norm, mean or attention scale averages
         self.in_values: list[Any] = []  # sizes that entered a computed number, such as an attention scale
         self.uniform: set[int] = set()  # ids (by object) of dims along which all values are equal
+        self._line: Ids = np.arange(1 << 14)  # runs are cut from it; kept by the runs when it is outgrown
         self._ties: list[tuple[int, int, int, int, int]] = []
         self._seen: set[tuple[int, int, int]] = set()
         self._spans: dict[int, tuple[Ids, int]] = {}
@@ -187,7 +188,9 @@ class Ledger:
 
     def fresh(self, count: int) -> Ids:
         """New consecutive atoms."""
-        ids: Ids = np.arange(self.size, self.size + count, dtype=np.int64)
+        if self.size + count > len(self._line):
+            self._line = np.arange(2 * (self.size + count))
+        ids: Ids = self._line[self.size : self.size + count]
         self._spans[id(ids)] = (ids, self.size)
         self.starts.append(self.size)
         self.size += count

@@ -124,11 +124,11 @@ class Tracer(TorchDispatchMode):
     def _held_labels(self, index: int) -> Labelled:
         """Fresh atoms for the dims of a tensor that the model keeps, at its first use."""
         held = self.held[index]
-        dims: list[Label | None] = []
+        dims: list[Label | None] = [None] * len(held.shape)
         for d, size in enumerate(held.shape):
             if size > 1:
                 held.starts[d] = self.ledger.size
-            dims.append(Label(self.ledger.fresh(size)) if size > 1 else None)
+                dims[d] = Label(self.ledger.fresh(size))
         reason = _untouchable(held)
         if reason is not None:
             self.ledger.step = len(self.events)
@@ -180,7 +180,7 @@ class Tracer(TorchDispatchMode):
                     self._lasting[id(tensor)] = (tensor, labelled)
                 else:
                     setattr(tensor, MARK, labelled)
-        sources = tuple(i.source for i in inputs if i.source != -1)
+        sources = tuple([i.source for i in inputs if i.source != -1])
         self.events.append(Event(entry.name, self._stack[-1], sources, tuple(labels)))
 
     def _apply(self, entry: _Entry, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
@@ -210,7 +210,7 @@ def _untouchable(held: Held) -> str | None:
     """Why a tensor may not be cut at all, if so."""
     if not held.tensor.is_floating_point() and not held.tensor.is_complex():
         return f"{held.name} holds integers, which are read by position"
-    if "parametrizations" in held.places[0].module.split("."):
+    if "parametrizations" in held.places[0].module:
         return f"{held.name} is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
     return None
 

@@ -143,15 +143,19 @@ def solve_all(
         value = known(leaf)
         return read(leaf) if value is None and isinstance(leaf, Attribute) else value
 
-    direct_first = sorted(demands, key=lambda demand: not isinstance(demand[0], Attribute))
+    waiting = [demand for demand in demands if isinstance(demand[0], (Attribute, Binary))]
+    waiting.sort(key=lambda demand: not isinstance(demand[0], Attribute))
     progress = True
     while progress:
-        progress = False
-        for expression, size in direct_first:
-            found = solve(expression, size, known)
-            if found is not None:
+        progress, left = False, []
+        for demand in waiting:
+            found = solve(*demand, known)
+            if found is None:
+                left.append(demand)
+            else:
                 solved[found[0]] = found[1]
                 progress = True
+        waiting = left
     return solved, [evaluate(expression, settled) for expression, _ in demands]
 
 

@@ -126,7 +126,7 @@ def _trace(
 def _unread(held: Sequence[Held]) -> tuple[str, ...]:
     """The parameters that no op has read."""
     return tuple(
-        h.name for h in held if h.places[0].kind == "parameter" and max(h.shape, default=1) > 1 and max(h.starts) < 0
+        h.name for h in held if h.starts and max(h.starts) < 0 and h.places[0].kind == "parameter" and max(h.shape) > 1
     )
 
 
@@ -145,15 +145,16 @@ def _run_in_training(model: nn.Module, ledger: Ledger, run: Callable[[], None]) 
 def _marked(modules: Modules, ledger: Ledger) -> Iterator[None]:
     """The model's ints as sizes that remember where they came from, and then as plain ints again."""
     undo = mark_attributes(modules, ledger)
-    before = [(fields, set(fields)) for fields in {id(f): f for f, _, _ in undo}.values()]
+    before = [(fields, list(fields)) for fields in {id(f): f for f, _, _ in undo}.values()]
     try:
         yield
     finally:
         for fields, name, value in undo:
             fields[name] = value
         for fields, names in before:
-            for name in set(fields) - names:
-                del fields[name]
+            if len(fields) > len(names):
+                for name in set(fields).difference(names):
+                    del fields[name]
 
 
 @contextmanager

@@ -53,7 +53,7 @@ class _Memory:
         self._module = module
         self._attributes = dict(vars(module))
         held = self._attributes.values()
-        self._containers = [(value, value.copy()) for value in held if type(value) in _CONTAINERS]
+        self._containers = [(value, value.copy() if value else ()) for value in held if type(value) in _CONTAINERS]
         self._tensors: list[tuple[Tensor, int | None, Tensor]] = []
         if values:
             tensors = [value for value in held if isinstance(value, Tensor)]

@@ -9,10 +9,11 @@ keeps all constraints of degree one, so a family of lanes with sizes ``s`` has `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from fractions import Fraction
-from math import lcm
+from functools import cached_property
+from math import gcd, lcm
 from typing import TypeAlias
 
 import numpy as np
@@ -36,12 +37,12 @@ class Family:
     coarse: bool
     step: int = 1
 
-    @property
+    @cached_property
     def count(self) -> int:
         """The number of bundles."""
-        return int(np.gcd.reduce([len(lane) for lane in self.lanes])) // self.step
+        return gcd(*map(len, self.lanes)) // self.step
 
-    @property
+    @cached_property
     def units(self) -> Ids:
         """Every unit of the family."""
         return np.concatenate(self.lanes)
@@ -191,6 +192,7 @@ class _Constraints:
         self._piece_at = np.repeat(np.arange(len(pieces.start)), pieces.length)
         self._lane_at = np.where(free, draft.lane_of[units.of_atom], -1)
         self._contents: dict[int, tuple[Ids, dict[int, int]]] = {}
+        self._coarse: dict[int, bool] = {}
         self._solved: dict[int, dict[Attribute, float]] = {}
         self.requirements: list[Requirement] = []
         self.expressions: list[Expression] = []
@@ -234,15 +236,15 @@ class _Constraints:
         """Join families that only together keep every size right; pin those that cannot."""
         families = {int(self.draft.family_of[lane]) for lane in self.by_lane}
         errors = {f: self._errors(f) for f in sorted(families) if f >= 0}
-        while failing := sorted({k for found in errors.values() for k in found}):
-            involved = [{f: found[k] for f, found in errors.items() if k in found} for k in failing]
-            joins = [chosen for families in involved if (chosen := self._balancing(families))]
+        while involved := _by_requirement(errors):
+            joins = [chosen for off in involved.values() if (chosen := self._balancing(off))]
             if joins:
                 self._join(joins, errors)
                 continue
-            for family in involved[0]:
+            first, off = next(iter(involved.items()))
+            for family in off:
                 del errors[family]
-                self.draft.pin(family, _reason(self.expressions[failing[0]], self.requirements[failing[0]]))
+                self.draft.pin(family, _reason(self.expressions[first], self.requirements[first]))
         for family in errors:
             self.draft.step[family] = self._step(family)
 
@@ -255,6 +257,7 @@ class _Constraints:
         for merged in {id(m): m for m in home.values()}.values():
             for family in merged:
                 del errors[family]
+                self._coarse.pop(family, None)
             self.draft.join(merged)
         for family in sorted({min(m) for m in home.values()}):
             errors[family] = self._errors(family)
@@ -262,7 +265,7 @@ class _Constraints:
     def _step(self, family: int) -> int:
         """How many bundles must go at once so that every attribute stays a whole number."""
         lanes = [self.draft.lanes[k] for k in np.flatnonzero(self.draft.family_of == family).tolist()]
-        count = int(np.gcd.reduce([len(lane) for lane in lanes]))
+        count = gcd(*map(len, lanes))
         solved = self._solved.get(family, {})
         changes = [(self.read(attribute) - half) * 2 / count for attribute, half in solved.items()]
         if all(change == round(change) for change in changes):
@@ -278,8 +281,11 @@ class _Constraints:
         return []
 
     def _is_coarse(self, family: int) -> bool:
-        lane = int(np.flatnonzero(self.draft.family_of == family)[0])
-        return self.units.is_coarse(int(self.draft.lanes[lane][0]))
+        found = self._coarse.get(family)
+        if found is None:
+            lane = int(np.flatnonzero(self.draft.family_of == family)[0])
+            found = self._coarse[family] = self.units.is_coarse(int(self.draft.lanes[lane][0]))
+        return found
 
     def _errors(self, family: int) -> dict[int, float]:
         """By how much each requirement is off (asked minus there) when half of a family goes."""
@@ -314,6 +320,15 @@ class _Constraints:
                         found.add(k)
                         todo.append(k)
         return sorted(found)
+
+
+def _by_requirement(errors: Mapping[int, Mapping[int, float]]) -> dict[int, dict[int, float]]:
+    """The errors of families, sorted by requirement."""
+    found: dict[int, dict[int, float]] = {}
+    for family, own in errors.items():
+        for k, error in own.items():
+            found.setdefault(k, {})[family] = error
+    return dict(sorted(found.items()))
 
 
 def _is_own_size(requirement: Requirement) -> bool:

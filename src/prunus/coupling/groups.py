@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.coupling.bundles import Bundling, Family, find_bundles
-from prunus.coupling.pieces import Pieces, cut_into_pieces
+from prunus.coupling.pieces import Pieces, cut_into_pieces, stretches
 from prunus.coupling.units import Units, find_units
 from prunus.held import axis_of
 from prunus.labels import Ids
@@ -53,10 +53,10 @@ class UnitGroup:
         own = np.concatenate([found.pieces_of(f) for f in self.fines])
         taken = [(f, p) for f in self.fines for p in found.units.takes.get(f, _NONE).tolist()]
         lengths = np.concatenate((found.pieces.length[own], found.pieces.length[[p for _, p in taken]]))
-        piece = np.repeat(np.concatenate((own, np.array([p for _, p in taken], dtype=np.int64))), lengths)
-        offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        position = found.pieces.start[piece] + offset
-        unit = found.units.base[found.pieces.fine[piece]] + offset
+        pieces = np.concatenate((own, np.array([p for _, p in taken], dtype=np.int64)))
+        piece = np.repeat(pieces, lengths)
+        position = stretches(found.pieces.start[pieces], lengths)
+        unit = stretches(found.units.base[found.pieces.fine[pieces]], lengths)
         whole = int(lengths[len(own) :].sum())
         if whole:
             bases = found.units.base[[f for f, _ in taken]]

@@ -71,8 +71,13 @@ def components(count: int, left: Ids, right: Ids) -> Ids:
     """The component of each of ``count`` nodes."""
     if left.size == 0:
         return np.arange(count)
-    graph = coo_matrix((np.ones(left.size, dtype=np.int8), (left, right)), shape=(count, count))
+    graph = coo_matrix((np.ones(left.size), (left, right)), shape=(count, count))  # float64 is what it works with
     return connected_components(graph, directed=False)[1].astype(np.int64)
+
+
+def stretches(start: Ids, length: Ids) -> Ids:
+    """The numbers ``start[k], start[k] + 1, ...`` (``length[k]`` of them), one stretch behind the other."""
+    return np.arange(int(length.sum())) + np.repeat(start - np.cumsum(length) + length, length)
 
 
 def _cuts(ledger: Ledger) -> NDArray[np.bool_]:
@@ -122,11 +127,11 @@ def _travel(cut: NDArray[np.bool_], left: Ids, right: Ids, length: Ids) -> None:
     long = length > 1
     ties = np.stack((left[long], right[long], length[long]), axis=1)
     for round_ in range(ROUNDS + 1):
-        total = np.concatenate(([0], np.cumsum(cut)))
+        at = np.flatnonzero(cut)
         a, b, n = ties.T
-        inside = (total[a + n] - total[a + 1]) + (total[b + n] - total[b + 1])
+        bounds = np.searchsorted(at, np.stack((a + n, a + 1, b + n, b + 1)))
         moved = False
-        for start, other, size in ties[inside > 0].tolist():
+        for start, other, size in ties[(bounds[0] > bounds[1]) | (bounds[2] > bounds[3])].tolist():
             here, there = cut[start + 1 : start + size], cut[other + 1 : other + size]
             both = here | there
             if round_ == ROUNDS and not np.array_equal(here, there):
@@ -146,25 +151,24 @@ def _piece_ties(ledger: Ledger, start: Ids) -> tuple[Ids, Ids, Ids, Ids]:
     first = np.searchsorted(start, ties.left)
     count = np.searchsorted(start, ties.left + ties.length) - first
     other = np.searchsorted(start, ties.right)
-    total = int(count.sum())
-    offset = np.arange(total) - np.repeat(np.cumsum(count) - count, count)
-    left, right = np.repeat(first, count) + offset, np.repeat(other, count) + offset
+    left, right = stretches(first, count), stretches(other, count)
     return left, right, np.repeat(ties.kind, count), np.repeat(ties.step, count)
 
 
 def _equal_rows(ledger: Ledger, pieces: Pieces) -> Ids:
     """Pairs of coarse pieces whose rows are the same classes, and which are not one class yet."""
-    seen: dict[bytes, int] = {}
-    pairs: list[tuple[int, int]] = []
-    for rows in ledger.rows_of:
-        coarse = pieces.of(rows.coarse)
-        members = np.sort(pieces.classes[pieces.of(rows.fine)], axis=1)
-        repeated = bool((members[:, 1:] == members[:, :-1]).any())
-        for atom, row in zip(coarse.tolist(), members, strict=True):
-            first = seen.setdefault((np.unique(row) if repeated else row).tobytes(), atom)
-            if pieces.classes[first] != pieces.classes[atom]:
-                pairs.append((first, atom))
-    return np.array(pairs, dtype=np.int64).reshape(-1, 2)
+    if not ledger.rows_of:
+        return np.empty((0, 2), dtype=np.int64)
+    coarse = pieces.of(np.concatenate([r.coarse for r in ledger.rows_of]))
+    members = pieces.classes[pieces.of(np.concatenate([r.fine.reshape(-1) for r in ledger.rows_of]))]
+    width = np.repeat([r.fine.shape[1] for r in ledger.rows_of], [len(r.fine) for r in ledger.rows_of])
+    count = int(pieces.classes.max()) + 1
+    row, member = np.divmod(np.unique(np.repeat(np.arange(len(width)) * count, width) + members), count)
+    numbers = np.random.default_rng(0).integers(1, 2**63, size=count, dtype=np.uint64)
+    marks = np.add.reduceat(numbers[member], np.searchsorted(row, np.arange(len(width))))
+    _, first, which = np.unique(marks, return_index=True, return_inverse=True)
+    pairs = np.stack((coarse[first[which]], coarse), axis=1)
+    return pairs[pieces.classes[pairs[:, 0]] != pieces.classes[pairs[:, 1]]]
 
 
 def _implications(ledger: Ledger, pieces: Pieces) -> tuple[Ids, Ids]:

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 
-from prunus.coupling.pieces import Pieces, reachable
+from prunus.coupling.pieces import Pieces, reachable, stretches
 from prunus.labels import Freeze, Ids, Ledger
 
 _NONE: Ids = np.empty(0, dtype=np.int64)
@@ -70,8 +70,8 @@ class Units:
         taken, takers = self._by_piece
         if not self._is_taken[pieces].any():
             return _NONE
-        spans = zip(np.searchsorted(taken, pieces), np.searchsorted(taken, pieces, side="right"), strict=True)
-        return np.concatenate([takers[a:b] for a, b in spans])
+        first = np.searchsorted(taken, pieces)
+        return takers[stretches(first, np.searchsorted(taken, pieces, side="right") - first)]
 
     @cached_property
     def _by_piece(self) -> tuple[Ids, Ids]:
@@ -163,8 +163,7 @@ def _takes(pieces: Pieces, stay: Ids) -> tuple[Ids, Ids]:
     first = np.searchsorted(pieces.classes[order], np.arange(graph.shape[0] + 1))
     classes = reached.indices
     lengths = first[classes + 1] - first[classes]
-    offset = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-    taken = order[np.repeat(first[classes], lengths) + offset]
+    taken = order[stretches(first[classes], lengths)]
     taker = np.repeat(np.repeat(fines, np.diff(reached.indptr)), lengths)
     other = pieces.fine[taken] != taker
     taker, taken = taker[other], taken[other]
