@@ -225,12 +225,13 @@ class DependencyGraph:
     def _balanced(self, units: Ids) -> Ids:
         """``units`` and their partners: every lane of a family loses the same share, by position."""
         coupling = self.coupling
-        _, first = np.unique(units, return_index=True)
-        units = units[np.sort(first)]
-        touched = np.unique(coupling.family_of_unit[units])
+        if not (units[1:] > units[:-1]).all():
+            _, first = np.unique(units, return_index=True)
+            units = units[np.sort(first)]
+        touched = set(coupling.family_of_unit[units].tolist())
         chosen = np.zeros(coupling.units.total, dtype=bool)
         chosen[units] = True
-        families = [f for k in touched.tolist() if k >= 0 and len((f := coupling.families[k]).lanes) > 1]
+        families = [f for k in sorted(touched) if k >= 0 and len((f := coupling.families[k]).lanes) > 1]
         families = [f for f in families if not chosen[f.units].all()]
         if not families:
             return units

@@ -233,7 +233,7 @@ def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
         if abs(new - round(new)) > TINY:
             raise SurgeryError(f"{attribute} would have to be {new:g}, which is no whole number; remove another number")
     changed = ((a, round(v)) for a, v in solved.items() if round(v) != read(a))
-    return tuple(Setting(a.path, a.name, a.index, v) for a, v in changed)
+    return tuple(Setting(a.path, a.name, a.item, v) for a, v in changed)
 
 
 def _mirrors(coupling: Coupling, facts: Sequence[Fact]) -> tuple[Mirror, ...]:

@@ -12,7 +12,7 @@ import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import isnan
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -28,17 +28,16 @@ _HOUSEKEEPING = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Attribute:
-    """An int that a module keeps: ``path`` (of the module), ``name`` (dotted through config objects), ``index``."""
+class Attribute(NamedTuple):
+    """An int that a module keeps: ``path`` (of the module), ``name`` (dotted through config objects), ``item`` of a list or tuple."""
 
     path: str
     name: str
-    index: int | None = None
+    item: int | None = None
 
     def __str__(self) -> str:
         spot = f"{self.path}.{self.name}" if self.path else self.name
-        return spot if self.index is None else f"{spot}[{self.index}]"
+        return spot if self.item is None else f"{spot}[{self.item}]"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -307,7 +306,7 @@ def read_attribute(model: nn.Module, attribute: Attribute) -> int:
     """The attribute's present value."""
     holder, last = _holder(model, attribute)
     value = getattr(holder, last)
-    return int(value if attribute.index is None else value[attribute.index])
+    return int(value if attribute.item is None else value[attribute.item])
 
 
 def _holder(model: nn.Module, attribute: Attribute) -> tuple[Any, str]:

@@ -178,7 +178,7 @@ def couple(trace: Trace) -> Coupling:
     kind = _kinds(pieces, units, axis, len(start))
 
     def read(attribute: Attribute) -> int:
-        return read_attribute(trace.modules[attribute.path], Attribute("", attribute.name, attribute.index))
+        return read_attribute(trace.modules[attribute.path], Attribute("", attribute.name, attribute.item))
 
     bundling = find_bundles(trace.ledger, units, kind, read)
     return Coupling(trace, pieces, units, bundling, start, held, dim, axis, kind)
