@@ -29,7 +29,7 @@ _HOUSEKEEPING = frozenset(
 
 
 class Attribute(NamedTuple):
-    """An int that a module keeps: ``path`` (of the module), ``name`` (dotted through config objects), ``item`` of a list or tuple."""
+    """An int that a module keeps: its path, the name in it (dotted through configs), the item of a list or tuple."""
 
     path: str
     name: str
