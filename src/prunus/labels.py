@@ -173,6 +173,7 @@ class Ledger:
         self.balances: list[Balance] = []
         self.implications: list[Imply] = []
         self.requirements: list[Requirement] = []
+        self.parts: list[Ids] = []  # stretches that the code cuts out, which may not become empty
         self.macs: list[MacTerm] = []
         self.contracted: list[Ids] = []  # dims summed over by a contraction
         self.passed: list[Ids] = []  # dims of operands that a contraction or look-up hands on
@@ -254,8 +255,10 @@ class Ledger:
         self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1)))
 
     def balance(self, fine: Ids, reason: str) -> None:
-        """The rows of ``fine`` (its last axis) must keep equal counts."""
-        if fine.size > fine.shape[-1] > 1:
+        """The rows of ``fine`` (its last axis) must keep equal counts; those of a single position go as a whole only."""
+        if fine.size > fine.shape[-1] == 1:
+            self.pin(fine, reason)
+        elif fine.size > fine.shape[-1]:
             self.balances.append(Balance(fine.reshape(-1, fine.shape[-1]), reason, self.step))
 
     def imply(self, cause: Ids, effect: Ids) -> None:

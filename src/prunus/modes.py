@@ -28,6 +28,8 @@ _MAKES = frozenset(
     ["zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"]
 )
 
+_COUNTED = frozenset({"prunus.rules.contractions", "prunus.rules.recurrent"})  # they multiply, labels or not
+
 
 class Event(NamedTuple):
     """One recorded op: its name, the module in whose forward it ran, what it read, and its output's labels."""
@@ -157,7 +159,8 @@ class Tracer(TorchDispatchMode):
             func.name(), "CompositeImplicitAutograd"
         )
         name = func.overloadpacket.__name__
-        entry = _Entry(name.rstrip("_") or name, rule, composite, func._schema.is_mutable, name in _MAKES)
+        always = name in _MAKES or getattr(rule, "__module__", "") in _COUNTED
+        entry = _Entry(name.rstrip("_") or name, rule, composite, func._schema.is_mutable, always)
         self._entries[func] = entry
         return entry
 

@@ -119,10 +119,13 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids, partial: list[_Partial]) -> 
         np.add.at(mark, rows[rows >= 0], numbers[rows >= 0])
         for k, takers in takings:
             mark[takers] += numbers[k, 0]
-    parts = {id(r.ids): r.ids for r in ledger.requirements if not _is_own_size(r)}
-    for ids, number in zip(parts.values(), random.integers(1, 2**63, size=len(parts), dtype=np.uint64), strict=True):
+    parts = _sized_parts(ledger)
+    for ids, number in zip(parts, random.integers(1, 2**63, size=len(parts), dtype=np.uint64), strict=True):
         members = units.unit_of(ids).reshape(-1)
-        mark[members[members >= 0]] += number
+        np.add.at(mark, members[members >= 0], number)
+        if ids.ndim == 1:
+            takers, times = np.unique(units.takers_of(units.pieces.of(ids)), return_counts=True)
+            mark[takers] += number * times.astype(np.uint64)
     fine = units.fine_of(np.arange(units.total))
     free = np.flatnonzero(units.free[fine])
     keys = mark[free] + kind[fine[free]].astype(np.uint64)
@@ -134,6 +137,18 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids, partial: list[_Partial]) -> 
     ends = np.cumsum(np.bincount(rank, minlength=len(first)))
     lanes = np.split(free[np.argsort(rank, kind="stable")], ends[:-1]) if free.size else []
     return _Draft(lane_of, list(lanes), np.arange(len(lanes)))
+
+
+def _sized_parts(ledger: Ledger) -> list[Ids]:
+    """Every stretch of atoms whose number the code asks for, or computes with, once."""
+    found: dict[int, Ids] = {}
+    for requirement in ledger.requirements:
+        if not _is_own_size(requirement):
+            found[id(requirement.ids)] = requirement.ids
+            for leaf in leaves(expression_of(requirement.asked)):
+                if isinstance(leaf, Extent):
+                    found[id(leaf.ids)] = leaf.ids
+    return list(found.values())
 
 
 def _partial_takers(units: Units, ids: Ids) -> _Partial:
@@ -216,7 +231,7 @@ class _Constraints:
                 self.using.setdefault(leaf, []).append(k)
 
     def content(self, ids: Ids) -> dict[int, int]:
-        """How many positions of a row go with each lane (a coarse unit that takes the whole row does not count)."""
+        """How many positions of a row go with each lane (a coarse unit that takes one of several rows does not count)."""
         cached = self._contents.get(id(ids))
         if cached is not None:
             return cached[1]
@@ -224,7 +239,7 @@ class _Constraints:
         found = _tally(self._lane_at[row])
         found.pop(-1, None)
         for unit, n in _tally(self.units.takers_of(self._piece_at[row])).items():
-            if n < row.size:
+            if n < row.size or ids.ndim == 1:
                 lane = int(self.draft.lane_of[unit])
                 found[lane] = found.get(lane, 0) + n
         self._contents[id(ids)] = (ids, found)

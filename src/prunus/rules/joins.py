@@ -78,6 +78,7 @@ def slice_(op: Op, x: Labelled, dim: int = 0, start: int | None = None, end: int
         op.freeze([label], f"{op.name} cuts it at fixed positions")
     else:
         _require_bounds(op, label, first, last, bounds)
+        op.ledger.parts.append(label.ids[..., first:last])
     return take(x, dim, slice(first, last, step))
 
 
@@ -121,6 +122,9 @@ def _require_parts(op: Op, label: Label, parts: list[slice], sizes: int | Sequen
 
 
 def _balance_parts(op: Op, label: Label, count: int) -> None:
+    if label.size == count:
+        op.freeze([label], f"{op.name} unpacks it into a fixed number of parts")
+        return
     op.ledger.balance(label.ids.reshape(*label.ids.shape[:-1], count, -1), f"{op.name} cuts it into equal parts")
 
 
@@ -240,7 +244,7 @@ def pixel_shuffle(op: Op, x: Labelled, upscale_factor: int) -> Dims:
         op.freeze([label], f"{op.name} splits it")
         return (*x.dims[:-3], None, None, None)
     runs = label.ids.reshape(-1, upscale_factor**2)
-    op.ledger.tie(np.broadcast_to(runs[:, :1], runs.shape), runs)
+    op.ledger.tie(runs[:, :-1], runs[:, 1:])
     return (*x.dims[:-3], Label(runs[:, 0]) if len(runs) > 1 else None, None, None)
 
 

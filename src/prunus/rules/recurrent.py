@@ -110,6 +110,8 @@ def _layer(op: Op, x: Label | None, params: Sequence[Labelled], biased: bool, ga
             if stacked is not None:
                 fine = stacked.ids.reshape(gates, -1)
                 op.ledger.tie(np.broadcast_to(cell.ids, fine.shape), fine)
+    else:
+        op.freeze([row.dims[0] for row in (inputs, recurrent, *biases)], "they are the gates of a single hidden unit")
     if projection is not None and hidden is not None:
         op.couple(hidden, projection.dims[0])
     for weight in (inputs, recurrent, projection):

@@ -106,9 +106,7 @@ def sized(op: Op, shape: Sequence[int], dims: Sequence[Label | None], new: Seque
     for k in new:
         if shape[k] > 1 and type(asked[k]) is not int:
             out[k] = Label(op.ledger.fresh(shape[k]))
-    for wanted, label in zip(asked, out, strict=True):
-        if label is not None and wanted != -1:
-            op.require(wanted, label.ids)
+    op.require_sizes(shape, out)
     return tuple(out)
 
 
