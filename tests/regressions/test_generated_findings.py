@@ -85,6 +85,45 @@ PROGRAMS = [
         id="rows that hold a fixed part stay",
     ),
     pytest.param(
+        lambda: image(lambda s, x: s.m(x.repeat_interleave(2, 1)), 4, m=nn.Conv2d(16, 4, 1, groups=2)),
+        IMAGE,
+        id="groups of a convolution over repeated channels",
+    ),
+    pytest.param(
+        lambda: Net(
+            lambda s, x: (
+                s.q(s.f(x)[..., :2]),
+                s.o(torch.stack([s.f(x), s.i(x)], 1).sum(1)),
+                s.r(s.i(x).unflatten(-1, (s.n, -1)).tanh().flatten(2)),
+            ),
+            i=nn.Linear(6, 8),
+            f=nn.Linear(6, 8),
+            n=2,
+            o=nn.Linear(8, 3),
+            r=nn.Linear(8, 3),
+            q=nn.Linear(2, 3),
+        ),
+        SEQUENCE,
+        id="a head may not go from one part of a stack only",
+    ),
+    pytest.param(
+        lambda: Net(
+            lambda s, x: (s.o(x2[:, s.n :]), s.r(x2.unflatten(1, (s.k, -1)).transpose(1, 2).flatten(1, 2)))
+            if (x2 := torch.stack([s.i(x), s.i(x)], 2).flatten(1, 2)) is not None else None,
+            i=nn.Conv2d(3, 8, 1), n=2, k=2, o=nn.Conv2d(14, 3, 1), r=nn.Conv2d(16, 3, 1),
+        ),
+        IMAGE,
+        id="rows that share positions",
+    ),
+    pytest.param(
+        lambda: sequence(
+            lambda s, x: (s.w + x.unflatten(2, (s.k, -1)).mean(2).repeat_interleave(2, 2)).unflatten(2, (4, -1)).amax(3), 4,
+            w=nn.Parameter(torch.randn(8)), k=2,
+        ),
+        SEQUENCE,
+        id="copies that lie in one dim go together",
+    ),
+    pytest.param(
         lambda: sequence(lambda s, x: torch.einsum("btc,bsd->btd", x, x), 8),
         SEQUENCE,
         id="an einsum sums what only one operand has beforehand",

@@ -47,7 +47,7 @@ class Family:
         return np.concatenate(self.lanes)
 
 
-_Partial: TypeAlias = "list[tuple[int, Ids]]"  # rows of a balance, each with the coarse units that take a part of it
+_Partial: TypeAlias = "list[tuple[int, Ids, Ids]]"  # rows of a balance, coarse units that take a part, how much
 
 
 @dataclass
@@ -91,6 +91,7 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
     partial = [_partial_takers(units, balance.ids) for balance in ledger.balances]
     draft = _lanes(ledger, units, kind, partial)
     _balance(ledger, units, draft, partial)
+    _pin_overlapping(units, draft)
     if ledger.requirements:
         _Constraints(ledger, units, draft, read).settle()
     families = []
@@ -117,7 +118,7 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids, partial: list[_Partial]) -> 
         rows = units.unit_of(balance.ids)
         numbers = np.broadcast_to(random.integers(1, 2**63, size=(len(rows), 1), dtype=np.uint64), rows.shape)
         np.add.at(mark, rows[rows >= 0], numbers[rows >= 0])
-        for k, takers in takings:
+        for k, takers, _ in takings:
             mark[takers] += numbers[k, 0]
     parts = _sized_parts(ledger)
     for ids, number in zip(parts, random.integers(1, 2**63, size=len(parts), dtype=np.uint64), strict=True):
@@ -152,16 +153,21 @@ def _sized_parts(ledger: Ledger) -> list[Ids]:
 
 
 def _partial_takers(units: Units, ids: Ids) -> _Partial:
-    """Rows of which coarse units take a part (not all), each with the units that do."""
+    """Rows of which coarse units take a part (not all), each with the units that do and how much each takes."""
     pieces = units.pieces.of(ids)
     broken = np.flatnonzero(pieces[:, 0] != pieces[:, -1])
     found = []
     for k in broken.tolist():
-        inside = np.unique(pieces[k])
-        takers, times = np.unique(units.takers_of(inside), return_counts=True)
-        partial = takers[times < inside.size]
-        if partial.size:
-            found.append((k, partial))
+        inside, times = np.unique(pieces[k], return_counts=True)
+        if not units.takers_of(inside).size:
+            continue
+        took: dict[int, int] = {}
+        for piece, n in zip(inside.tolist(), times.tolist(), strict=True):
+            for unit in units.takers_of(np.array([piece])).tolist():
+                took[unit] = took.get(unit, 0) + n
+        partial = {unit: n for unit, n in took.items() if n < ids.shape[1]}
+        if partial:
+            found.append((k, np.array([*partial]), np.array([*partial.values()])))
     return found
 
 
@@ -175,11 +181,14 @@ def _balance(ledger: Ledger, units: Units, draft: _Draft, partial: list[_Partial
         inside = np.zeros(len(draft.lanes), dtype=bool)
         inside[draft.lane_of[rows[rows >= 0]]] = True
         members = np.flatnonzero(inside)
-        whole = [np.unique(draft.lane_of[takers]) for _, takers in takings]
+        whole = [np.unique(draft.lane_of[takers]) for _, takers, _ in takings]
         if whole:
             lanes = np.unique(np.concatenate(whole))
             left += [int(lanes[0])] * (lanes.size - 1)
             right += lanes[1:].tolist()
+            taken = [int(n.sum()) for _, _, n in takings]
+            if len(taken) < len(rows) or min(taken) < max(taken):
+                uneven.append((lanes, balance.reason))
         if members.size == 0:
             continue
         free = (rows >= 0).sum(axis=1)
@@ -192,6 +201,15 @@ def _balance(ledger: Ledger, units: Units, draft: _Draft, partial: list[_Partial
         for family in np.unique(draft.family_of[members]).tolist():
             if family >= 0:
                 draft.pin(family, f"{reason}, and a part of one of them has to stay")
+
+
+def _pin_overlapping(units: Units, draft: _Draft) -> None:
+    """Rows that share positions cannot take each other's place: they stay whole."""
+    lane = draft.lane_of[units.base[units.taker]]
+    keys, times = np.unique(lane * len(units.pieces.start) + units.taken, return_counts=True)
+    for k in np.unique(keys[times > 1] // len(units.pieces.start)).tolist():
+        if k >= 0 and draft.family_of[k] >= 0:
+            draft.pin(int(draft.family_of[k]), "its rows share positions")
 
 
 class _Constraints:

@@ -69,21 +69,17 @@ def contract(op: Op, operands: Sequence[Labelled], letters: Sequence[Sequence[in
             (op.hands_on if name in out else op.reads)(own)
     for product in products(letters, out):
         op.count(*[(size[name], found.get(name)) for name in product])
-    summed = [name for name in size if name not in out]
+    summed = {name: found.get(name) is None for name in size if name not in out}
     where = {name: k for k, name in enumerate(out)}
-    return tuple(_passing(op, found.get(name), summed, where) for name in out)
+    return tuple(_passing(op, label, summed, where) if (label := found.get(n)) is not None else None for n in out)
 
 
-def _passing(op: Op, label: Label | None, summed: Sequence[int], where: dict[int, int]) -> Label | None:
-    """A label of the output; rows that depend on a summed dim are tied."""
-    if label is None:
-        return None
-    for name in summed:
+def _passing(op: Op, label: Label, summed: dict[int, bool], where: dict[int, int]) -> Label:
+    """A label of the output; rows that depend on a summed dim (fixed or not) are tied."""
+    for name, fixed in summed.items():
         if name in label.context:
-            axis = label.context.index(name)
-            first = label.ids.take([0], axis=axis)
-            op.ledger.tie(np.broadcast_to(first, label.ids.shape), label.ids)
-            label = Label(first.squeeze(axis), tuple(c for c in label.context if c != name))
+            one = op.ledger.unite(label.ids, label.context.index(name), fixed)
+            label = Label(one, tuple(c for c in label.context if c != name))
     return label.rename(where)
 
 

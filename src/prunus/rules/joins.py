@@ -174,10 +174,8 @@ def without_context(op: Op, x: Labelled, dim: int) -> Dims:
     def merge(label: Label | None) -> Label | None:
         if label is None or dim not in label.context:
             return label
-        axis = label.context.index(dim)
-        first = label.ids.take([0], axis=axis)
-        op.ledger.tie(np.broadcast_to(first, label.ids.shape), label.ids)
-        return Label(first.squeeze(axis), tuple(c for c in label.context if c != dim))
+        one = op.ledger.unite(label.ids, label.context.index(dim), fixed=x.dims[dim] is None)
+        return Label(one, tuple(c for c in label.context if c != dim))
 
     return tuple(merge(label) for label in x.dims)
 
@@ -298,6 +296,8 @@ def repeat(op: Op, x: Labelled, repeats: Sequence[int]) -> Dims:
         if times[d] > 1:
             index = np.tile(np.arange(before[d]), times[d])
             dims = list(take(Labelled(before, tuple(dims)), d, index))
+    for asked in op.call.sizes(repeats) or () if x.labelled else ():
+        op.require_same(asked)
     grown = [d for d in range(ndim) if before[d] == 1 and times[d] > 1]
     if not grown or len(repeats) != ndim:
         return tuple(dims)
@@ -313,4 +313,5 @@ def repeat_interleave(
         op.freeze(x.dims, f"{op.name} flattens it")
         return (None,)
     dim %= x.ndim
+    op.require_same(op.call.argument(repeats, "repeats", 1))
     return take(x, dim, np.repeat(np.arange(x.shape[dim]), repeats))

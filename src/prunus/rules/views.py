@@ -197,17 +197,16 @@ def _merged(op: Op, x: Labelled, block: Block, labelled: list[int]) -> _Leaf:
     for dim in reversed(labelled):
         label = x.dims[dim]
         if label is not None and all(d == dim or d in label.context for d in labelled):
-            _tie_foreign_order(op, label, dim, block)
+            _tie_foreign_order(op, x, label, dim, block)
             return _Leaf(label.ids, label.context, dim)
     return _product(op, x, labelled)
 
 
-def _tie_foreign_order(op: Op, label: Label, dim: int, block: Block) -> None:
+def _tie_foreign_order(op: Op, x: Labelled, label: Label, dim: int, block: Block) -> None:
     """Rows along a context that is laid out inside the dim live together, position by position."""
     for axis, c in enumerate(label.context):
         if c in block.ins and c > dim:
-            first = label.ids.take([0], axis=axis)
-            op.ledger.tie(np.broadcast_to(first, label.ids.shape), label.ids)
+            op.ledger.unite(label.ids, axis, fixed=x.dims[c] is None)
 
 
 def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
