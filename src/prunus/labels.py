@@ -173,6 +173,7 @@ class Ledger:
         self.balances: list[Balance] = []
         self.implications: list[Imply] = []
         self.requirements: list[Requirement] = []
+        self.whole_rows: list[Ids] = []  # rows tied to one thing: of each goes the same as of the others, or all
         self.parts: list[Ids] = []  # stretches that the code cuts out, which may not become empty
         self.macs: list[MacTerm] = []
         self.contracted: list[Ids] = []  # dims summed over by a contraction
@@ -203,6 +204,9 @@ class Ledger:
             self._add(a[1], b[1], left.size, ONE_TO_ONE)
             return
         kinds = _kinds(left, right)
+        for kind, many in ((LEFT_IS_ONE, right), (RIGHT_IS_ONE, left)):
+            if (kinds == kind).any():
+                self.whole_rows.append(many.reshape(-1, many.shape[-1]))
         for start, other, length, kind in _runs(left.reshape(-1), right.reshape(-1), kinds).tolist():
             self._add(start, other, length, kind)
 

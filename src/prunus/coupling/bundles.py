@@ -155,12 +155,10 @@ def _sized_parts(ledger: Ledger) -> list[Ids]:
 def _partial_takers(units: Units, ids: Ids) -> _Partial:
     """Rows of which coarse units take a part (not all), each with the units that do and how much each takes."""
     pieces = units.pieces.of(ids)
-    broken = np.flatnonzero(pieces[:, 0] != pieces[:, -1])
+    mark = units.taker_mark[pieces]
     found = []
-    for k in broken.tolist():
+    for k in np.flatnonzero((mark != mark[:, :1]).any(axis=1)).tolist():
         inside, times = np.unique(pieces[k], return_counts=True)
-        if not units.takers_of(inside).size:
-            continue
         took: dict[int, int] = {}
         for piece, n in zip(inside.tolist(), times.tolist(), strict=True):
             for unit in units.takers_of(np.array([piece])).tolist():
@@ -196,6 +194,9 @@ def _balance(ledger: Ledger, units: Units, draft: _Draft, partial: list[_Partial
             uneven.append((members, balance.reason))
         left += [int(members[0])] * (members.size - 1)
         right += members[1:].tolist()
+    for ids in ledger.whole_rows:
+        for _, takers, _ in _partial_takers(units, ids):
+            uneven.append((np.unique(draft.lane_of[takers]), "it would take a part of rows that are alike"))
     draft.family_of[:] = components(len(draft.lanes), np.array(left, dtype=np.int64), np.array(right, dtype=np.int64))
     for members, reason in uneven:
         for family in np.unique(draft.family_of[members]).tolist():
