@@ -113,10 +113,11 @@ class Freeze(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """``coarse[r]`` takes all of ``fine[r]`` with it."""
+    """``coarse[r]`` takes all of ``fine[r]`` with it; ``split``: it is nothing but that row."""
 
     coarse: Ids
     fine: Ids
+    split: bool = True
 
 
 class Balance(NamedTuple):
@@ -265,7 +266,7 @@ class Ledger:
 
     def belong(self, coarse: Ids, fine: Ids) -> None:
         """``fine[r]`` goes when the existing atom ``coarse[r]`` goes."""
-        self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1)))
+        self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1), split=False))
 
     def balance(self, fine: Ids, reason: str) -> None:
         """The rows of ``fine`` (its last axis) must keep equal counts; those of a single position go as a whole only."""

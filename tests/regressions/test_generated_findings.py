@@ -124,6 +124,58 @@ PROGRAMS = [
         id="copies that lie in one dim go together",
     ),
     pytest.param(
+        lambda: Net(
+            lambda s, x: (
+                s.o(s.i(x).unflatten(2, (s.n, -1)).tanh().flatten(2)),
+                s.r(s.i(x).unflatten(2, (s.k, s.i(x).shape[2] // 2)).softmax(2).flatten(2)),
+            ),
+            i=nn.Linear(6, 8),
+            n=4,
+            k=2,
+            o=nn.Linear(8, 3),
+            r=nn.Linear(8, 3),
+        ),
+        SEQUENCE,
+        id="a head may not take a part of rows that are tied position by position",
+    ),
+    pytest.param(
+        lambda: image(
+            lambda s, x: s.t(s.m(x).unflatten(1, (s.n, -1)).transpose(1, 2).flatten(1, 2)),
+            4,
+            m=nn.Conv2d(8, 6, 1),
+            n=2,
+            t=nn.ConvTranspose2d(6, 4, 3, padding=1, groups=2),
+        ),
+        IMAGE,
+        id="rows that take unequal parts of groups",
+    ),
+    pytest.param(
+        lambda: Net(
+            lambda s, x: s.o((s.i(x)[:, :, None] * s.k(x)[:, None]).flatten(1)),
+            i=nn.Linear(7, 8),
+            k=nn.Linear(7, 4),
+            o=nn.Linear(32, 3),
+        ),
+        VECTOR,
+        id="a product of two dims goes with either",
+    ),
+    pytest.param(
+        lambda: Net(
+            lambda s, x: s.o((s.i(x).unflatten(1, (s.n, -1))[..., None] * s.k(x)[:, None, None]).flatten(1)),
+            i=nn.Linear(7, 8),
+            n=2,
+            k=nn.Linear(7, 4),
+            o=nn.Linear(32, 3),
+        ),
+        VECTOR,
+        id="a product of heads and another dim",
+    ),
+    pytest.param(
+        lambda: image(lambda s, x: F.pixel_unshuffle(F.interpolate(x, scale_factor=2), 2), 32),
+        IMAGE,
+        id="pixels into channels",
+    ),
+    pytest.param(
         lambda: sequence(lambda s, x: torch.einsum("btc,bsd->btd", x, x), 8),
         SEQUENCE,
         id="an einsum sums what only one operand has beforehand",

@@ -118,8 +118,8 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids, partial: list[_Partial]) -> 
         rows = units.unit_of(balance.ids)
         numbers = np.broadcast_to(random.integers(1, 2**63, size=(len(rows), 1), dtype=np.uint64), rows.shape)
         np.add.at(mark, rows[rows >= 0], numbers[rows >= 0])
-        for k, takers, _ in takings:
-            mark[takers] += numbers[k, 0]
+        for k, takers, times in takings:
+            mark[takers] += numbers[k, 0] * times.astype(np.uint64)
     parts = _sized_parts(ledger)
     for ids, number in zip(parts, random.integers(1, 2**63, size=len(parts), dtype=np.uint64), strict=True):
         members = units.unit_of(ids).reshape(-1)

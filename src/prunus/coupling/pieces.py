@@ -156,14 +156,20 @@ def _equal_rows(ledger: Ledger, pieces: Pieces) -> Ids:
     """Pairs of coarse pieces whose rows are the same classes, and which are not one class yet."""
     seen: dict[bytes, int] = {}
     pairs: list[tuple[int, int]] = []
+    inside: dict[int, Ids] = {}  # classes of coarse atoms that are rows and nothing else -> what is in the rows
     for rows in ledger.rows_of:
         coarse = pieces.of(rows.coarse)
         members = np.sort(pieces.classes[pieces.of(rows.fine)], axis=1)
         repeated = bool((members[:, 1:] == members[:, :-1]).any())
+        nested = bool(inside) and int(members[0, 0]) in inside
         for atom, row in zip(coarse.tolist(), members, strict=True):
-            first = seen.setdefault((np.unique(row) if repeated else row).tobytes(), atom)
+            found = np.concatenate([inside.get(c, row[k : k + 1]) for k, c in enumerate(row.tolist())]) if nested else row
+            found = np.unique(found) if repeated or nested else found
+            first = seen.setdefault(found.tobytes(), atom)
             if pieces.classes[first] != pieces.classes[atom]:
                 pairs.append((first, atom))
+            if rows.split:
+                inside[int(pieces.classes[atom])] = found
     return np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
 

@@ -18,6 +18,7 @@ from prunus.labels import Dims, Ids, Label, Labelled, settle
 from prunus.rules.table import Op, rule
 
 aten = torch.ops.aten
+LARGEST_GRID = 2**18  # positions of a product of dims that are followed one by one
 
 
 def move(x: Labelled, order: Sequence[int | None]) -> Dims:
@@ -210,7 +211,7 @@ def _tie_foreign_order(op: Op, x: Labelled, label: Label, dim: int, block: Block
 
 
 def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
-    """Independent dims merged: a dim that only repeats the others has to stay, and so have all if several are left."""
+    """Independent dims merged: each takes its rows of the product; a dim that only repeats the others has to stay."""
     reason = f"{op.name} merges it with another dimension"
     labels = {d: label for d in labelled if (label := x.dims[d]) is not None}
     repeats = [d for d, label in labels.items() if id(label.ids) in op.ledger.uniform]
@@ -218,11 +219,19 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
     if len(labels) == 1:
         ((dim, label),) = labels.items()
         return _Leaf(label.ids, label.context, dim)
-    op.freeze(labels.values(), reason)
     shape = tuple(x.shape[d] for d in labelled)
-    grid = op.ledger.fresh(int(np.prod(shape)))
-    op.ledger.freeze(grid, reason)
-    return _Leaf(grid.reshape(shape), tuple(labelled[:-1]), labelled[-1])
+    atoms = op.ledger.fresh(int(np.prod(shape)))
+    grid = atoms.reshape(shape)
+    if repeats or len(atoms) > LARGEST_GRID or any(c not in labels for label in labels.values() for c in label.context):
+        op.freeze(labels.values(), reason)
+        op.ledger.freeze(atoms, reason)
+    else:
+        op.ledger.pin(atoms, f"{op.name} merges two dimensions in it, and it goes with either")
+        for d, label in labels.items():
+            known = [labelled.index(k) for k in (*label.context, d)]
+            rest = [k for k in range(len(labelled)) if k not in known]
+            op.ledger.belong(label.ids, grid.transpose(*known, *rest))
+    return _Leaf(grid, tuple(labelled[:-1]), labelled[-1])
 
 
 def _split(
