@@ -56,8 +56,14 @@ PROGRAMS = [
         id="a derived size of one stays one",
     ),
     pytest.param(
-        lambda: sequence(lambda s, x: x.repeat(1, 1, s.n)[..., : x.shape[2]] * s.w[: s.n].sum(), 8,
-                         n=2, w=nn.Parameter(torch.randn(4))),
+        lambda: Net(
+            lambda s, x: (s.o(s.i(x).repeat_interleave(s.n, 1).sum(1)), s.r(s.q(x).unflatten(2, (-1, s.n)).tanh().flatten(2))),
+            i=nn.Linear(6, 8),
+            q=nn.Linear(6, 8),
+            n=2,
+            o=nn.Linear(8, 3),
+            r=nn.Linear(8, 3),
+        ),
         SEQUENCE,
         id="an attribute that repeats a tensor may not follow another dim",
     ),
@@ -73,8 +79,7 @@ PROGRAMS = [
     ),
     pytest.param(
         lambda: image(
-            lambda s, x: F.pixel_shuffle(s.n(x), 2).unflatten(1, (s.k, -1)).mean(2).repeat_interleave(2, 1), 4,
-            n=nn.GroupNorm(4, 8), k=2,
+            lambda s, x: F.pixel_shuffle(s.n(x), 2).unflatten(1, (s.k, s.one)).mean(2), 2, n=nn.GroupNorm(4, 8), k=2, one=1
         ),
         IMAGE,
         id="the channels of a pixel live together whatever rows they are in",
@@ -174,6 +179,37 @@ PROGRAMS = [
         lambda: image(lambda s, x: F.pixel_unshuffle(F.interpolate(x, scale_factor=2), 2), 32),
         IMAGE,
         id="pixels into channels",
+    ),
+    pytest.param(
+        lambda: Net(
+            lambda s, x: (
+                s.o(F.pad(s.i(x), [1, 1]).view(2, 5, s.n, -1).transpose(1, 2).flatten(1)),
+                s.r(s.q(x).unflatten(2, (-1, s.n)).tanh().flatten(2)),
+            ),
+            i=nn.Linear(6, 8),
+            q=nn.Linear(6, 8),
+            n=2,
+            o=nn.Linear(50, 3),
+            r=nn.Linear(8, 3),
+        ),
+        SEQUENCE,
+        id="an attribute that sizes a dim that stays may not change",
+    ),
+    pytest.param(
+        lambda: Net(
+            lambda s, x: (
+                s.o(s.i(x).view(2, 5, 2, s.n).flatten(2)),
+                s.r(s.i(x).unflatten(2, (s.h, s.k, -1)).flatten(2)),
+            ),
+            i=nn.Linear(6, 8),
+            n=4,
+            h=2,
+            k=2,
+            o=nn.Linear(8, 3),
+            r=nn.Linear(8, 3),
+        ),
+        SEQUENCE,
+        id="rows of rows are the rows that hold the same positions",
     ),
     pytest.param(
         lambda: sequence(lambda s, x: torch.einsum("btc,bsd->btd", x, x), 8),

@@ -71,6 +71,9 @@ def slice_(op: Op, x: Labelled, dim: int = 0, start: int | None = None, end: int
         start, end = start or 0, (start or 0) + (end or 0)
     first, last, step = slice(start, end, step).indices(size)
     label = x.dims[dim]
+    if label is None and step == 1 and last - first < size:
+        for bound in op.call.bounds(first, last, size) or ():
+            op.require_same(bound if bound is None or bound > 0 else -bound)
     if label is None or (first == 0 and last >= size and step == 1):
         return take(x, dim, slice(first, last, step)) if x.labelled else x.dims
     bounds = op.call.bounds(first, last, size) if step == 1 else None
@@ -101,7 +104,10 @@ def split(op: Op, x: Labelled, sizes: int | Sequence[int], dim: int = 0) -> list
     ends = np.cumsum([s[dim] for s in op.shapes])
     parts = [slice(int(e) - s[dim], int(e)) for e, s in zip(ends, op.shapes, strict=True)]
     label = x.dims[dim]
-    if label is not None and len(parts) > 1:
+    if label is None:
+        for asked in op.call.sizes([sizes] if isinstance(sizes, int) else list(sizes)) or ():
+            op.require_same(asked)
+    elif len(parts) > 1:
         _require_parts(op, label, parts, sizes)
     return [take(x, dim, part) for part in parts]
 
