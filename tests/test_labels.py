@@ -78,16 +78,43 @@ def test_the_one_side_may_be_on_the_right() -> None:
     """The kind tells which side is repeated."""
     ledger = Ledger()
     one, many = ledger.fresh(2), ledger.fresh(4)
-    ledger.tie(many, np.repeat(one, 2))
+    ledger.tie(many.reshape(2, 2), np.broadcast_to(one, (2, 2)))
     assert {kind for *_, kind in ties(ledger)} == {RIGHT_IS_ONE}
 
 
-def test_overlap_on_both_sides_is_many_to_many() -> None:
-    """A shifted tie repeats both sides."""
+def test_repeats_inside_a_row_are_one_thing() -> None:
+    """Copies that lie in one dim (a flattened channel, grouped queries) go together: no row can take only some."""
     ledger = Ledger()
-    a, b = ledger.fresh(2), ledger.fresh(2)
-    ledger.tie(np.array([a[0], a[0], a[1], a[1]]), np.array([b[0], b[1], b[0], b[1]]))
+    one, many = ledger.fresh(2), ledger.fresh(4)
+    ledger.tie(many, np.repeat(one, 2))
+    assert {kind for *_, kind in ties(ledger)} == {ONE_TO_ONE}
+
+
+def test_rows_that_meet_several_on_both_sides_are_many_to_many() -> None:
+    """Every row of one side against every row of the other."""
+    ledger = Ledger()
+    a, b = ledger.fresh(4).reshape(2, 2), ledger.fresh(4).reshape(2, 2)
+    ledger.tie(a[[0, 0, 1, 1]], b[[0, 1, 0, 1]])
     assert {kind for *_, kind in ties(ledger)} == {MANY_TO_MANY}
+
+
+def test_a_stronger_tie_of_the_same_things_counts() -> None:
+    """A tie over heads does not hide a later one that is one-to-one."""
+    ledger = Ledger()
+    one, many = ledger.fresh(3), ledger.fresh(6)
+    ledger.tie(np.broadcast_to(one, (2, 3)), many.reshape(2, 3))
+    ledger.tie(one, many[:3])
+    assert (1, 4, 3, ONE_TO_ONE) in ties(ledger)
+
+
+@pytest.mark.parametrize("fixed", [True, False])
+def test_united_rows_live_together(fixed) -> None:
+    """Of a fixed number of rows none goes alone; otherwise something stands for all of them."""
+    ledger = Ledger()
+    ids = ledger.fresh(6).reshape(2, 3)
+    one = ledger.unite(ids, 0, fixed)
+    assert ties(ledger) == ([(1, 4, 3, ONE_TO_ONE)] if fixed else [(7, 1, 3, LEFT_IS_ONE), (7, 4, 3, LEFT_IS_ONE)])
+    assert one.tolist() == ([1, 2, 3] if fixed else [7, 8, 9])
 
 
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)
@@ -105,9 +132,9 @@ def test_runs_cover_exactly_the_pairs(pairs) -> None:
 @settings(max_examples=60, derandomize=True, deadline=None, database=None)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(0, 5)), min_size=2, max_size=8, unique=True))
 def test_kind_counts_partners(pairs) -> None:
-    """If no position has two partners every kind is one-to-one; if one has, some kind says so."""
+    """If no row has two partners every kind is one-to-one; if one has, some kind says so."""
     ledger = Ledger()
-    a, b = ledger.fresh(6), ledger.fresh(6)
+    a, b = ledger.fresh(12).reshape(6, 2), ledger.fresh(12).reshape(6, 2)
     left, right = (np.array(side) for side in zip(*pairs, strict=True))
     ledger.tie(a[left], b[right])
     unique = len(set(left.tolist())) == len(pairs) and len(set(right.tolist())) == len(pairs)

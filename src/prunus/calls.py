@@ -38,6 +38,18 @@ class PythonCall:
                     return plain
         return None
 
+    def named(self) -> Iterator[Size]:
+        """Every size among the arguments that remembers its source, also in lists and in the slices of an index."""
+        todo: list[Any] = [*self.args, *self.kwargs.values()]
+        while todo:
+            value = todo.pop()
+            if type(value) is Size:
+                yield value
+            elif isinstance(value, (list, tuple)):
+                todo.extend(value)
+            elif isinstance(value, slice):
+                todo += [value.start, value.stop]
+
     def argument(self, value: int, name: str, position: int) -> Any | None:
         """The int that the code passed as the argument ``name`` (or at ``position``), or None."""
         given = self.kwargs.get(name, self.args[position] if len(self.args) > position else None)

@@ -213,6 +213,10 @@ class DependencyGraph:
             InputError: the layer is not part of the traced model, or an index is out of range.
         """
         side = self._side(module, pruning_fn)
+        return Group(self, self.units_at(side, idxs), side)
+
+    def units_at(self, side: Side, idxs: Sequence[int] | torch.Tensor) -> Ids:
+        """The units that go when positions ``idxs`` of a side go."""
         wanted = idxs.tolist() if isinstance(idxs, torch.Tensor) else list(idxs)
         _, units = self._living(side)
         outside = [i for i in wanted if not 0 <= i < len(units)]
@@ -220,7 +224,7 @@ class DependencyGraph:
             raise InputError(f"{side.node.name} has {len(units)} positions there; {outside[:8]} do not exist")
         if not wanted:
             raise InputError(f"no positions of {side.node.name} were given")
-        return Group(self, self._balanced(units[wanted]), side)
+        return self._balanced(units[wanted])
 
     def _balanced(self, units: Ids) -> Ids:
         """``units`` and their partners: every lane of a family loses the same share, by position."""

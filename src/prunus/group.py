@@ -116,24 +116,31 @@ def _nodes(trace: Trace) -> list[tuple[Node | None, bool]]:
 
 
 def find_sides(coupling: Coupling) -> Sides:
-    """Which tensor dims belong to which side of which layer."""
+    """Which tensor dims belong to which side of which layer; each dim of a bare parameter is a side of its own."""
     nodes = _nodes(coupling.trace)
     consumers = coupling.consumers
-    dims: dict[tuple[int, bool], list[tuple[int, int]]] = {}
+    dims: dict[tuple[int, bool, int], list[tuple[int, int]]] = {}
     by_id: dict[int, Node] = {}
-    for held, dim in zip(coupling.axis_held.tolist(), coupling.axis_dim.tolist(), strict=True):
+    reading: dict[int, int] = {}
+    first_units = coupling.unit_of_atom[coupling.axis_start].tolist()
+    for held, dim, unit in zip(coupling.axis_held.tolist(), coupling.axis_dim.tolist(), first_units, strict=True):
         node, is_layer = nodes[held]
-        if node is not None and (dim < 2 or not is_layer):
-            by_id[id(node.module)] = node
-            dims.setdefault((id(node.module), (held, dim) in consumers), []).append((held, dim))
-    by_layer, by_dim = {}, {}
-    for (module, reads), found in dims.items():
+        if node is None or (dim > 1 and is_layer):
+            continue
+        reads = (held, dim) in consumers
+        if reads and is_layer and reading.setdefault(id(node.module), unit) != unit:
+            continue  # what one part of the layer reads from another
+        by_id[id(node.module)] = node
+        dims.setdefault((id(node.module), reads, -1 if is_layer else dim), []).append((held, dim))
+    ordered, by_layer, by_dim = [], {}, {}
+    for (module, reads, _), found in dims.items():
         node = by_id[module]
         pair = functions_for(node.module) or (prune_parameter_out_channels, prune_parameter_in_channels)
         side = Side(node, pair[1] if reads else pair[0], tuple(found))
-        by_layer[module, reads] = side
+        ordered.append(side)
+        by_layer[module, reads] = side  # of a bare parameter: the last dim, which is the one that its functions cut
         by_dim.update(dict.fromkeys(found, side))
-    return Sides(tuple(by_layer.values()), by_layer, by_dim)
+    return Sides(tuple(ordered), by_layer, by_dim)
 
 
 class Group:
@@ -210,8 +217,7 @@ class Group:
     def _chosen(self, idxs: Sequence[int] | None) -> Ids:
         if idxs is None:
             return self.units
-        module, handler = self._root.node.module, self._root.handler
-        return self._graph.get_pruning_group(module, handler, idxs).units
+        return self._graph.units_at(self._root, idxs)
 
     def details(self) -> str:
         """What triggers what, one "A => B" line for each step, ops between the layers included."""

@@ -113,10 +113,11 @@ class Freeze(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """``coarse[r]`` takes all of ``fine[r]`` with it."""
+    """``coarse[r]`` takes all of ``fine[r]`` with it; ``split``: it is nothing but that row."""
 
     coarse: Ids
     fine: Ids
+    split: bool = True
 
 
 class Balance(NamedTuple):
@@ -173,6 +174,8 @@ class Ledger:
         self.balances: list[Balance] = []
         self.implications: list[Imply] = []
         self.requirements: list[Requirement] = []
+        self.whole_rows: list[Ids] = []  # rows tied to one thing: of each goes the same as of the others, or all
+        self.parts: list[Ids] = []  # stretches that the code cuts out, which may not become empty
         self.macs: list[MacTerm] = []
         self.contracted: list[Ids] = []  # dims summed over by a contraction
         self.passed: list[Ids] = []  # dims of operands that a contraction or look-up hands on
@@ -181,7 +184,7 @@ class Ledger:
         self.uniform: set[int] = set()  # ids (by object) of dims along which all values are equal
         self._line: Ids = np.arange(1 << 14)  # runs are cut from it; kept by the runs when it is outgrown
         self._ties: list[tuple[int, int, int, int, int]] = []
-        self._seen: set[tuple[int, int, int]] = set()
+        self._seen: set[tuple[int, int, int, int]] = set()
         self._spans: dict[int, tuple[Ids, int]] = {}
         self.starts: list[int] = [0]  # first atom of every run handed out
         self._coarse: dict[tuple[tuple[int, ...], bytes], Ids] = {}
@@ -204,17 +207,29 @@ class Ledger:
         if a is not None and b is not None:
             self._add(a[1], b[1], left.size, ONE_TO_ONE)
             return
-        runs = _runs(left.reshape(-1), right.reshape(-1))
-        if len(runs) == 1:
-            left_start, right_start, length = runs[0].tolist()
-            self._add(left_start, right_start, length, ONE_TO_ONE)
-            return
-        kinds = _overlaps(runs[:, 0], runs[:, 2]) * LEFT_IS_ONE + _overlaps(runs[:, 1], runs[:, 2]) * RIGHT_IS_ONE
-        for (start, other, length), kind in zip(runs.tolist(), kinds.tolist(), strict=True):
+        kinds = _kinds(left, right)
+        for kind, many in ((LEFT_IS_ONE, right), (RIGHT_IS_ONE, left)):
+            if (kinds == kind).any():
+                self.whole_rows.append(many.reshape(-1, many.shape[-1]))
+        for start, other, length, kind in _runs(left.reshape(-1), right.reshape(-1), kinds).tolist():
             self._add(start, other, length, kind)
 
+    def unite(self, ids: Ids, axis: int, fixed: bool) -> Ids:
+        """Rows along ``axis`` live together, position by position; gives what stands for all of them.
+
+        Where the number of rows is ``fixed`` no row can go without the others; where it is not (heads), the position
+        that stands for all stays when one row goes.
+        """
+        rows = np.moveaxis(ids, axis, 0)
+        if fixed:
+            self.tie(rows[:-1], rows[1:])
+            return rows[0]
+        one = self.fresh(rows[0].size).reshape(rows[0].shape)
+        self.tie(np.broadcast_to(one, rows.shape), rows)
+        return one
+
     def _add(self, left: int, right: int, length: int, kind: int) -> None:
-        key = (left, right, length)
+        key = (left, right, length, kind)
         if left != right and key not in self._seen:
             self._seen.add(key)
             self._ties.append((left, right, length, self.step, kind))
@@ -254,11 +269,13 @@ class Ledger:
 
     def belong(self, coarse: Ids, fine: Ids) -> None:
         """``fine[r]`` goes when the existing atom ``coarse[r]`` goes."""
-        self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1)))
+        self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1), split=False))
 
     def balance(self, fine: Ids, reason: str) -> None:
-        """The rows of ``fine`` (its last axis) must keep equal counts."""
-        if fine.size > fine.shape[-1] > 1:
+        """The rows of ``fine`` (its last axis) must keep equal counts; those of a single position go as a whole only."""
+        if fine.size > fine.shape[-1] == 1:
+            self.pin(fine, reason)
+        elif fine.size > fine.shape[-1]:
             self.balances.append(Balance(fine.reshape(-1, fine.shape[-1]), reason, self.step))
 
     def imply(self, cause: Ids, effect: Ids) -> None:
@@ -286,30 +303,28 @@ class Ledger:
         return TieTable(*table)
 
 
-def _runs(left: Ids, right: Ids) -> Ids:
-    """Rows ``(start, start, length)`` of the maximal stretches in which both sides count up by one; no row twice."""
-    if left.size == 1:
-        return np.array([[left[0], right[0], 1]], dtype=np.int64)
+def _runs(left: Ids, right: Ids, kinds: Ids) -> Ids:
+    """Rows ``(start, start, length, kind)`` of the maximal stretches in which both sides count up by one; none twice."""
     breaks = np.flatnonzero((left[1:] - left[:-1] != 1) | (right[1:] - right[:-1] != 1)) + 1
-    if breaks.size == 0:
-        return np.array([[left[0], right[0], left.size]], dtype=np.int64)
     starts = np.concatenate(([0], breaks))
     lengths = np.diff(np.concatenate((starts, [left.size])))
-    runs = np.stack((left[starts], right[starts], lengths), axis=1)
+    kind = kinds[starts * kinds.size // left.size] if kinds.size > 1 else np.broadcast_to(kinds, starts.shape)
+    runs = np.stack((left[starts], right[starts], lengths, kind), axis=1)
     grows = (runs[1:, :2] > runs[:-1, :2]).all(axis=0)
     return runs if grows.any() else np.unique(runs, axis=0)
 
 
-def _overlaps(starts: Ids, lengths: Ids) -> Ids:
-    """1 for each interval that shares a position with another one."""
-    if (starts[1:] >= starts[:-1] + lengths[:-1]).all():
-        return np.zeros(len(starts), dtype=np.int64)
-    order = np.argsort(starts, kind="stable")
-    begin, end = starts[order], starts[order] + lengths[order]
-    reach = np.maximum.accumulate(end)
-    clash = np.zeros(len(starts), dtype=np.int64)
-    behind = begin[1:] < reach[:-1]
-    clash[order[1:][behind]] = 1
-    ahead = np.minimum.accumulate(begin[::-1])[::-1]
-    clash[order[:-1][end[:-1] > ahead[1:]]] = 1
-    return clash
+def _kinds(left: Ids, right: Ids) -> Ids:
+    """The kind of tie of each row: a row that meets several others (a broadcast over heads) is one to many."""
+    if left.ndim == 1 or left.size == left.shape[-1]:
+        return np.array([ONE_TO_ONE])
+    pairs = np.stack((left[..., 0].reshape(-1), right[..., 0].reshape(-1)))
+    distinct = np.unique(pairs, axis=1)
+    if distinct.shape[1] == 1:
+        return np.array([ONE_TO_ONE])
+    kinds = np.zeros(pairs.shape[1], dtype=np.int64)
+    for own, all_own, kind in zip(pairs, distinct, (LEFT_IS_ONE, RIGHT_IS_ONE), strict=True):
+        values, counts = np.unique(all_own, return_counts=True)
+        if len(values) < all_own.size:
+            kinds += kind * (counts[np.searchsorted(values, own)] > 1)
+    return kinds

@@ -28,6 +28,11 @@ _MAKES = frozenset(
     ["zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"]
 )
 
+_SIZED = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "repeat", "slice", "narrow"]) | {
+    *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unflatten", "as_strided")
+}
+_COUNTED = frozenset({"prunus.rules.contractions", "prunus.rules.recurrent"})  # they multiply, labels or not
+
 
 class Event(NamedTuple):
     """One recorded op: its name, the module in whose forward it ran, what it read, and its output's labels."""
@@ -157,7 +162,8 @@ class Tracer(TorchDispatchMode):
             func.name(), "CompositeImplicitAutograd"
         )
         name = func.overloadpacket.__name__
-        entry = _Entry(name.rstrip("_") or name, rule, composite, func._schema.is_mutable, name in _MAKES)
+        always = name in _MAKES or getattr(rule, "__module__", "") in _COUNTED
+        entry = _Entry(name.rstrip("_") or name, rule, composite, func._schema.is_mutable, always)
         self._entries[func] = entry
         return entry
 
@@ -166,6 +172,9 @@ class Tracer(TorchDispatchMode):
         lowered = [a if type(a) in _PLAIN else self._lower(a, inputs) for a in args]
         named = {k: self._lower(v, inputs) for k, v in kwargs.items()} if kwargs else {}
         if not entry.makes and not any(i.labelled for i in inputs):
+            if entry.name in _SIZED:
+                for size in self.call.named():
+                    Op(entry.name, self.ledger, inputs, [], self.call).require_same(size)
             return
         several = result if isinstance(result, (tuple, list)) else (result,)
         outputs = [r for r in several if isinstance(r, torch.Tensor)]

@@ -208,6 +208,8 @@ def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact
             if not stays.any():
                 raise SurgeryError(f"{held.name} dim {dim} would lose its last position; remove fewer")
             removals.append(Removal(held.name, dim, stays.size, tuple(np.flatnonzero(~stays).tolist())))
+    if any(ids.size and surviving(after, ids) == 0 for ids in coupling.trace.ledger.parts):
+        raise SurgeryError("a part that the code cuts out would lose its last position; remove fewer")
     settings = _settings(coupling, after)
     mirrors = _mirrors(coupling, facts)
     plan = Plan(tuple(removals), settings, footprint(coupling, alive), footprint(coupling, after), mirrors)
@@ -224,6 +226,8 @@ def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
     demands = [(expression_of(r.asked), surviving(alive, r.ids)) for r in requirements]
     solved, values = solve_all(demands, lambda ids: surviving(alive, ids), read)
     for requirement, (expression, size), value in zip(requirements, demands, values, strict=True):
+        if size == 0 and requirement.ids.size:
+            raise SurgeryError(f"a part sized by {expression} would lose its last position; remove fewer")
         if value is None or abs(value - size) > TINY:
             raise SurgeryError(
                 f"{expression} would be {value} where the code needs {size} "

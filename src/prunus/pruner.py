@@ -39,7 +39,7 @@ def score_with(graph: DependencyGraph, importance: Criterion) -> Callable[[UnitG
 
     def score(group: UnitGroup) -> torch.Tensor | None:
         left = group.units[living[group.units]]
-        scores = torch.full((len(group.units),), float("inf"))
+        scores = torch.full((len(group.units),), float("inf"), dtype=torch.float32)
         if left.size == 0:
             return scores
         sides = graph.sides_of(group.units)

@@ -201,10 +201,14 @@ class Size(int):
         return self._with("*", other, int.__rmul__(self, other), swapped=True)
 
     def __floordiv__(self, other: Any) -> Any:
+        rest = int(self) % int(other) if isinstance(other, int) and other else 0
+        if rest:  # expressions divide exactly
+            return (self - rest) // other
         return self._with("//", other, int.__floordiv__(self, other))
 
     def __rfloordiv__(self, other: Any) -> Any:
-        return self._with("//", other, int.__rfloordiv__(self, other), swapped=True)
+        rest = int(other) % int(self) if isinstance(other, int) and self else 0
+        return self._with("//", other - rest, int.__rfloordiv__(self, other), swapped=True)
 
     def _in_value(self) -> None:
         """The size enters a computed value (an attention scale): the function changes when the dim shrinks."""

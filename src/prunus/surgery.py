@@ -294,6 +294,10 @@ def _recurrent(m: Any) -> dict[str, Any]:
     return found
 
 
+def _cell(m: Any) -> dict[str, Any]:
+    return {"input_size": m.weight_ih.shape[1], "hidden_size": m.weight_hh.shape[1]}
+
+
 def _attention(m: Any) -> dict[str, Any]:
     width = m.in_proj_weight.shape[1] if m._qkv_same_embed_dim else m.q_proj_weight.shape[1]  # of the queries
     found = {"embed_dim": width, "kdim": width, "vdim": width, "head_dim": width // m.num_heads}
@@ -313,6 +317,7 @@ _MIRRORED: dict[type, Callable[[Any], dict[str, Any]]] = {
     nn.GroupNorm: lambda m: {} if m.weight is None else {"num_channels": m.weight.shape[0]},
     nn.PReLU: lambda m: {"num_parameters": m.weight.shape[0]},
     nn.RNNBase: _recurrent,
+    nn.RNNCellBase: _cell,
     nn.MultiheadAttention: _attention,
 }
 

@@ -12,10 +12,13 @@ share the name. An op without a line is taken apart into the ops that it is made
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from math import prod
 from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
+
+from prunus.rules.contractions import products, spelled
 
 __all__ = ["MACS", "OPERATIONS", "Formula"]
 
@@ -74,6 +77,16 @@ def _trilinear(args: Sequence[Any], out: Tensor) -> int:
     """The op that `bilinear` becomes: factors `(n, 1, i, 1)`, `(1, o, i, j)` and `(n, 1, 1, j)`."""
     weight: Tensor = args[1]
     return out.numel() * (weight.numel() // out.shape[-1])
+
+
+def _einsum(args: Sequence[Any], out: Tensor) -> int:
+    """Factors are multiplied from left to right; each product runs over all letters that are left."""
+    factors: Sequence[Tensor] = args[1]
+    letters, kept = spelled(args[0], [factor.ndim for factor in factors])
+    sizes: dict[int, int] = {}
+    for names, factor in zip(letters, factors, strict=True):
+        sizes.update((name, n) for name, n in zip(names, factor.shape, strict=True) if n > sizes.get(name, 0))
+    return sum(prod(sizes[name] for name in product) for product in products(letters, kept))
 
 
 def _attention(args: Sequence[Any], out: Any) -> int:
@@ -135,6 +148,7 @@ MACS: Mapping[str, Formula] = MappingProxyType(
         "aten::_int_mm": _product,
         "aten::_scaled_mm": _product,
         "aten::_grouped_mm": _grouped_product,
+        "aten::einsum": _einsum,
         "aten::bilinear": _bilinear,
         "aten::_trilinear": _trilinear,
         "aten::scaled_dot_product_attention": _attention,

@@ -48,7 +48,7 @@ class Family:
         return np.concatenate(self.lanes)
 
 
-_Partial: TypeAlias = "list[tuple[int, Ids]]"  # rows of a balance, each with the coarse units that take a part of it
+_Partial: TypeAlias = "list[tuple[int, Ids, Ids]]"  # rows of a balance, coarse units that take a part, how much
 
 
 @dataclass
@@ -92,6 +92,7 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
     partial = [_partial_takers(units, balance.ids) for balance in ledger.balances]
     draft = _lanes(ledger, units, kind, partial)
     _balance(ledger, units, draft, partial)
+    _pin_overlapping(units, draft)
     if ledger.requirements:
         _Constraints(ledger, units, draft, read).settle()
     families = []
@@ -118,12 +119,15 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids, partial: list[_Partial]) -> 
         rows = units.unit_of(balance.ids)
         numbers = np.broadcast_to(random.integers(1, 2**63, size=(len(rows), 1), dtype=np.uint64), rows.shape)
         np.add.at(mark, rows[rows >= 0], numbers[rows >= 0])
-        for k, takers in takings:
-            mark[takers] += numbers[k, 0]
-    parts = {id(r.ids): r.ids for r in ledger.requirements if not _is_own_size(r)}
-    for ids, number in zip(parts.values(), random.integers(1, 2**63, size=len(parts), dtype=np.uint64), strict=True):
+        for k, takers, times in takings:
+            mark[takers] += numbers[k, 0] * times.astype(np.uint64)
+    parts = _sized_parts(ledger)
+    for ids, number in zip(parts, random.integers(1, 2**63, size=len(parts), dtype=np.uint64), strict=True):
         members = units.unit_of(ids).reshape(-1)
-        mark[members[members >= 0]] += number
+        np.add.at(mark, members[members >= 0], number)
+        if ids.ndim == 1:
+            takers, times = np.unique(units.takers_of(units.pieces.of(ids)), return_counts=True)
+            mark[takers] += number * times.astype(np.uint64)
     fine = units.fine_of(np.arange(units.total))
     free = np.flatnonzero(units.free[fine])
     keys = mark[free] + kind[fine[free]].astype(np.uint64)
@@ -137,17 +141,32 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids, partial: list[_Partial]) -> 
     return _Draft(lane_of, list(lanes), np.arange(len(lanes)))
 
 
+def _sized_parts(ledger: Ledger) -> list[Ids]:
+    """Every stretch of atoms whose number the code asks for, or computes with, once."""
+    found: dict[int, Ids] = {}
+    for requirement in ledger.requirements:
+        if not _is_own_size(requirement):
+            found[id(requirement.ids)] = requirement.ids
+            for leaf in leaves(expression_of(requirement.asked)):
+                if isinstance(leaf, Extent):
+                    found[id(leaf.ids)] = leaf.ids
+    return list(found.values())
+
+
 def _partial_takers(units: Units, ids: Ids) -> _Partial:
-    """Rows of which coarse units take a part (not all), each with the units that do."""
+    """Rows of which coarse units take a part (not all), each with the units that do and how much each takes."""
     pieces = units.pieces.of(ids)
-    broken = np.flatnonzero(pieces[:, 0] != pieces[:, -1])
+    mark = units.taker_mark[pieces]
     found = []
-    for k in broken.tolist():
-        inside = np.unique(pieces[k])
-        takers, times = np.unique(units.takers_of(inside), return_counts=True)
-        partial = takers[times < inside.size]
-        if partial.size:
-            found.append((k, partial))
+    for k in np.flatnonzero((mark != mark[:, :1]).any(axis=1)).tolist():
+        inside, times = np.unique(pieces[k], return_counts=True)
+        took: dict[int, int] = {}
+        for piece, n in zip(inside.tolist(), times.tolist(), strict=True):
+            for unit in units.takers_of(np.array([piece])).tolist():
+                took[unit] = took.get(unit, 0) + n
+        partial = {unit: n for unit, n in took.items() if n < ids.shape[1]}
+        if partial:
+            found.append((k, np.array([*partial]), np.array([*partial.values()])))
     return found
 
 
@@ -161,11 +180,14 @@ def _balance(ledger: Ledger, units: Units, draft: _Draft, partial: list[_Partial
         inside = np.zeros(len(draft.lanes), dtype=bool)
         inside[draft.lane_of[rows[rows >= 0]]] = True
         members = np.flatnonzero(inside)
-        whole = [np.unique(draft.lane_of[takers]) for _, takers in takings]
+        whole = [np.unique(draft.lane_of[takers]) for _, takers, _ in takings]
         if whole:
             lanes = np.unique(np.concatenate(whole))
             left += [int(lanes[0])] * (lanes.size - 1)
             right += lanes[1:].tolist()
+            taken = [int(n.sum()) for _, _, n in takings]
+            if len(taken) < len(rows) or min(taken) < max(taken):
+                uneven.append((lanes, balance.reason))
         if members.size == 0:
             continue
         free = (rows >= 0).sum(axis=1)
@@ -173,11 +195,23 @@ def _balance(ledger: Ledger, units: Units, draft: _Draft, partial: list[_Partial
             uneven.append((members, balance.reason))
         left += [int(members[0])] * (members.size - 1)
         right += members[1:].tolist()
+    for ids in ledger.whole_rows:
+        for _, takers, _ in _partial_takers(units, ids):
+            uneven.append((np.unique(draft.lane_of[takers]), "it would take a part of rows that are alike"))
     draft.family_of[:] = components(len(draft.lanes), np.array(left, dtype=np.int64), np.array(right, dtype=np.int64))
     for members, reason in uneven:
         for family in np.unique(draft.family_of[members]).tolist():
             if family >= 0:
                 draft.pin(family, f"{reason}, and a part of one of them has to stay")
+
+
+def _pin_overlapping(units: Units, draft: _Draft) -> None:
+    """Rows that share positions cannot take each other's place: they stay whole."""
+    lane = draft.lane_of[units.base[units.taker]]
+    keys, times = np.unique(lane * len(units.pieces.start) + units.taken, return_counts=True)
+    for k in np.unique(keys[times > 1] // len(units.pieces.start)).tolist():
+        if k >= 0 and draft.family_of[k] >= 0:
+            draft.pin(int(draft.family_of[k]), "its rows share positions")
 
 
 class _Constraints:
@@ -218,7 +252,7 @@ class _Constraints:
                 self.using.setdefault(leaf, []).append(k)
 
     def content(self, ids: Ids) -> dict[int, int]:
-        """How many positions of a row go with each lane (a coarse unit that takes the whole row does not count)."""
+        """How many positions of a row go with each lane (a coarse unit that takes one of several rows does not count)."""
         cached = self._contents.get(id(ids))
         if cached is not None:
             return cached[1]
@@ -226,7 +260,7 @@ class _Constraints:
         found = _tally(self._lane_at[row])
         found.pop(-1, None)
         for unit, n in _tally(self.units.takers_of(self._piece_at[row])).items():
-            if n < row.size:
+            if n < row.size or ids.ndim == 1:
                 lane = int(self.draft.lane_of[unit])
                 found[lane] = found.get(lane, 0) + n
         self._contents[id(ids)] = (ids, found)

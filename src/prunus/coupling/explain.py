@@ -46,7 +46,7 @@ def frozen(coupling: Coupling) -> list[tuple[str, int, str, int]]:
 
 def _reasons(coupling: Coupling, units: Ids) -> dict[str, int]:
     """Why units may not go, and how many for each reason (units that go with a row that may go count as free)."""
-    stuck = np.unique(units[~coupling.movable[units]])
+    stuck = np.unique(units[~coupling.removable[units]])
     reasons: dict[str, int] = {}
     known: dict[tuple[int, int], str] = {}
     for unit in stuck.tolist():

@@ -115,6 +115,13 @@ class Coupling:
         return self.family_of_unit >= 0
 
     @cached_property
+    def removable(self) -> NDArray[np.bool_]:
+        """Which units may go, by themselves or with a row that holds them."""
+        found = self.movable.copy()
+        found[self.unit_of_atom[self.atoms_of(np.flatnonzero(found))]] = True
+        return found
+
+    @cached_property
     def family_of_unit(self) -> Ids:
         """The index of each unit's family (-1: it may not go)."""
         found = np.full(self.units.total, -1, dtype=np.int64)

@@ -157,17 +157,21 @@ def _piece_ties(ledger: Ledger, start: Ids) -> tuple[Ids, Ids, Ids, Ids]:
 
 def _equal_rows(ledger: Ledger, pieces: Pieces) -> Ids:
     """Pairs of coarse pieces whose rows are the same classes, and which are not one class yet."""
-    if not ledger.rows_of:
-        return np.empty((0, 2), dtype=np.int64)
-    coarse = pieces.of(np.concatenate([r.coarse for r in ledger.rows_of]))
-    members = pieces.classes[pieces.of(np.concatenate([r.fine.reshape(-1) for r in ledger.rows_of]))]
-    width = np.repeat([r.fine.shape[1] for r in ledger.rows_of], [len(r.fine) for r in ledger.rows_of])
-    count = int(pieces.classes.max()) + 1
-    row, member = np.divmod(np.unique(np.repeat(np.arange(len(width)) * count, width) + members), count)
-    numbers = np.random.default_rng(0).integers(1, 2**63, size=count, dtype=np.uint64)
-    marks = np.add.reduceat(numbers[member], np.searchsorted(row, np.arange(len(width))))
-    _, first, which = np.unique(marks, return_index=True, return_inverse=True)
-    pairs = np.stack((coarse[first[which]], coarse), axis=1)
+    numbers = np.random.default_rng(0).integers(1, 2**63, size=int(pieces.classes.max()) + 1, dtype=np.uint64)
+    found, marks = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.uint64)]
+    for rows in ledger.rows_of:
+        coarse = pieces.of(rows.coarse)
+        members = np.sort(pieces.classes[pieces.of(rows.fine)], axis=1)
+        number = numbers[members]
+        number[:, 1:][members[:, 1:] == members[:, :-1]] = 0
+        mark = number.sum(axis=1)
+        if rows.split:  # a row of rows is what is in them
+            numbers[pieces.classes[coarse]] = mark
+        found.append(coarse)
+        marks.append(mark)
+    every = np.concatenate(found)
+    _, first, which = np.unique(np.concatenate(marks), return_index=True, return_inverse=True)
+    pairs = np.stack((every[first[which]], every), axis=1)
     return pairs[pieces.classes[pairs[:, 0]] != pieces.classes[pairs[:, 1]]]
 
 

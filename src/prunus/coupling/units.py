@@ -80,6 +80,16 @@ class Units:
         return self.taken[free][order], self.base[self.taker[free]][order]
 
     @cached_property
+    def taker_mark(self) -> Ids:
+        """For each piece a number that is equal where the same coarse units take it (0: none does)."""
+        mark = np.zeros(len(self.pieces.start), dtype=np.int64)
+        random = np.random.default_rng(0).integers(1, 2**62, size=len(self.base), dtype=np.int64)
+        free = self.free[self.taker]
+        with np.errstate(over="ignore"):
+            np.add.at(mark, self.taken[free], random[self.taker[free]])
+        return mark
+
+    @cached_property
     def _is_taken(self) -> NDArray[np.bool_]:
         found = np.zeros(len(self.pieces.start), dtype=bool)
         found[self._by_piece[0]] = True

@@ -82,7 +82,7 @@ class MagnitudeImportance(Importance):
     @torch.no_grad()
     def __call__(self, group: ScoredGroup) -> torch.Tensor | None:
         """One score for each unit, or None if no parameter of the group counts."""
-        scores = torch.zeros(group.size)
+        scores = torch.zeros(group.size, dtype=torch.float32)
         counted = False
         for places, members in group.parts:
             chosen = [self._slices(m) for m in members if self._counts(m)]
@@ -110,7 +110,7 @@ class RandomImportance(Importance):
 
     def __call__(self, group: ScoredGroup) -> torch.Tensor:
         """One random score for each unit."""
-        return torch.rand(group.size)
+        return torch.rand(group.size, dtype=torch.float32)
 
 
 _REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

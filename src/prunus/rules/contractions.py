@@ -33,6 +33,27 @@ def linear(op: Op, x: Labelled, weight: Labelled, bias: Labelled | None = None) 
     return (*without_context(op, x, last)[:last], made)
 
 
+def products(letters: Sequence[Sequence[int]], out: Sequence[int]) -> list[set[int]]:
+    """The letters over which each product of an einsum runs, from left to right; one that sums nothing is no product.
+
+    What only one operand has and nothing needs later is summed beforehand.
+
+    Example:
+        >>> [sorted(map(chr, found)) for found in products([b"btc", b"bsc", b"bsd"], b"btd")]
+        [['b', 'c', 's', 't'], ['b', 'd', 's', 't']]
+    """
+    found = []
+    have = set(letters[0])
+    for k, term in enumerate(letters[1:], 1):
+        later = set(out).union(*letters[k + 1 :])
+        both = have & set(term)
+        have = (have | set(term)) & (later | both)
+        if both - later:
+            found.append(set(have))
+        have &= later
+    return found
+
+
 def contract(op: Op, operands: Sequence[Labelled], letters: Sequence[Sequence[int]], out: Sequence[int]) -> Dims:
     """An einsum: dim ``d`` of ``operands[k]`` is called ``letters[k][d]``; the output's dims are called ``out``."""
     found: dict[int, Label | None] = {}
@@ -45,25 +66,20 @@ def contract(op: Op, operands: Sequence[Labelled], letters: Sequence[Sequence[in
             label = own.rename(names) if own is not None else None
             found[name] = op.couple(found[name], label) if name in found else label
             size[name] = n
-    for name, label in found.items():
-        (op.hands_on if name in out else op.reads)(label)
-    if len(operands) > 1:  # one operand is only moved or summed
-        op.count(*[(n, found.get(name)) for name, n in size.items()])
-    summed = [name for name in size if name not in out]
+            (op.hands_on if name in out else op.reads)(own)
+    for product in products(letters, out):
+        op.count(*[(size[name], found.get(name)) for name in product])
+    summed = {name: found.get(name) is None for name in size if name not in out}
     where = {name: k for k, name in enumerate(out)}
-    return tuple(_passing(op, found.get(name), summed, where) for name in out)
+    return tuple(_passing(op, label, summed, where) if (label := found.get(n)) is not None else None for n in out)
 
 
-def _passing(op: Op, label: Label | None, summed: Sequence[int], where: dict[int, int]) -> Label | None:
-    """A label of the output; rows that depend on a summed dim are tied."""
-    if label is None:
-        return None
-    for name in summed:
+def _passing(op: Op, label: Label, summed: dict[int, bool], where: dict[int, int]) -> Label:
+    """A label of the output; rows that depend on a summed dim (fixed or not) are tied."""
+    for name, fixed in summed.items():
         if name in label.context:
-            axis = label.context.index(name)
-            first = label.ids.take([0], axis=axis)
-            op.ledger.tie(np.broadcast_to(first, label.ids.shape), label.ids)
-            label = Label(first.squeeze(axis), tuple(c for c in label.context if c != name))
+            one = op.ledger.unite(label.ids, label.context.index(name), fixed)
+            label = Label(one, tuple(c for c in label.context if c != name))
     return label.rename(where)
 
 
@@ -101,24 +117,26 @@ def addmm(op: Op, bias: Labelled, a: Labelled, b: Labelled, **kwargs: Any) -> Di
 @rule(aten.einsum)
 def einsum(op: Op, equation: str, operands: Sequence[Labelled], **kwargs: Any) -> Dims:
     """Any pattern without a repeated letter inside one operand."""
-    left, arrow, right = equation.replace(" ", "").partition("->")
-    terms = left.split(",")
-    dots = max(
-        (t.ndim - len(s.replace("...", "")) for s, t in zip(terms, operands, strict=True) if "..." in s), default=0
-    )
-    names = [_letters(s, t.ndim, dots) for s, t in zip(terms, operands, strict=True)]
-    flat = [n for term in names for n in term]
+    names, out = spelled(equation, [t.ndim for t in operands])
     if any(len(set(term)) < len(term) for term in names):
         op.freeze([d for t in operands for d in t.dims], "einsum takes a diagonal of it")
         return (None,) * len(op.shape)
-    if arrow:
-        out = _letters(right, len(op.shape), dots)
-    else:
-        out = [*range(-dots, 0), *sorted(n for n in set(flat) if n >= 0 and flat.count(n) == 1)]
     return contract(op, operands, names, out)
 
 
-def _letters(term: str, ndim: int, dots: int) -> list[int]:
+def spelled(equation: str, ndims: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """The letters of each operand of an einsum and of its output, as numbers (those of an ellipsis below zero)."""
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    terms = left.split(",")
+    dots = max((n - len(s.replace("...", "")) for s, n in zip(terms, ndims, strict=True) if "..." in s), default=0)
+    names = [_letters(s, n) for s, n in zip(terms, ndims, strict=True)]
+    if arrow:
+        return names, _letters(right, dots + len(right.replace("...", "")))
+    flat = [n for term in names for n in term]
+    return names, [*range(-dots, 0), *sorted(n for n in set(flat) if n >= 0 and flat.count(n) == 1)]
+
+
+def _letters(term: str, ndim: int) -> list[int]:
     """Letters as code points; the dims of an ellipsis as -dots ... -1."""
     if "..." not in term:
         return [ord(c) for c in term]
@@ -265,7 +283,8 @@ def _grouped_transposed(
         return read, None, out
     coarse = op.ledger.rows(ins) if ins.shape[1] > 1 else ins.reshape(-1)
     op.ledger.belong(coarse, outs)
-    op.ledger.balance(ins, "groups of a convolution are equally wide")
+    if ins.shape[1] > 1:
+        op.ledger.balance(ins, "groups of a convolution are equally wide")
     op.ledger.balance(outs, "groups of a convolution are equally wide")
     op.require_argument(groups, "groups", 6, coarse)
     return read, made, out

@@ -71,6 +71,9 @@ def slice_(op: Op, x: Labelled, dim: int = 0, start: int | None = None, end: int
         start, end = start or 0, (start or 0) + (end or 0)
     first, last, step = slice(start, end, step).indices(size)
     label = x.dims[dim]
+    if label is None and step == 1 and last - first < size:
+        for bound in op.call.bounds(first, last, size) or ():
+            op.require_same(bound if bound is None or bound > 0 else -bound)
     if label is None or (first == 0 and last >= size and step == 1):
         return take(x, dim, slice(first, last, step)) if x.labelled else x.dims
     bounds = op.call.bounds(first, last, size) if step == 1 else None
@@ -78,6 +81,7 @@ def slice_(op: Op, x: Labelled, dim: int = 0, start: int | None = None, end: int
         op.freeze([label], f"{op.name} cuts it at fixed positions")
     else:
         _require_bounds(op, label, first, last, bounds)
+        op.ledger.parts.append(label.ids[..., first:last])
     return take(x, dim, slice(first, last, step))
 
 
@@ -100,7 +104,10 @@ def split(op: Op, x: Labelled, sizes: int | Sequence[int], dim: int = 0) -> list
     ends = np.cumsum([s[dim] for s in op.shapes])
     parts = [slice(int(e) - s[dim], int(e)) for e, s in zip(ends, op.shapes, strict=True)]
     label = x.dims[dim]
-    if label is not None and len(parts) > 1:
+    if label is None:
+        for asked in op.call.sizes([sizes] if isinstance(sizes, int) else list(sizes)) or ():
+            op.require_same(asked)
+    elif len(parts) > 1:
         _require_parts(op, label, parts, sizes)
     return [take(x, dim, part) for part in parts]
 
@@ -121,6 +128,9 @@ def _require_parts(op: Op, label: Label, parts: list[slice], sizes: int | Sequen
 
 
 def _balance_parts(op: Op, label: Label, count: int) -> None:
+    if label.size == count:
+        op.freeze([label], f"{op.name} unpacks it into a fixed number of parts")
+        return
     op.ledger.balance(label.ids.reshape(*label.ids.shape[:-1], count, -1), f"{op.name} cuts it into equal parts")
 
 
@@ -170,10 +180,8 @@ def without_context(op: Op, x: Labelled, dim: int) -> Dims:
     def merge(label: Label | None) -> Label | None:
         if label is None or dim not in label.context:
             return label
-        axis = label.context.index(dim)
-        first = label.ids.take([0], axis=axis)
-        op.ledger.tie(np.broadcast_to(first, label.ids.shape), label.ids)
-        return Label(first.squeeze(axis), tuple(c for c in label.context if c != dim))
+        one = op.ledger.unite(label.ids, label.context.index(dim), fixed=x.dims[dim] is None)
+        return Label(one, tuple(c for c in label.context if c != dim))
 
     return tuple(merge(label) for label in x.dims)
 
@@ -240,8 +248,19 @@ def pixel_shuffle(op: Op, x: Labelled, upscale_factor: int) -> Dims:
         op.freeze([label], f"{op.name} splits it")
         return (*x.dims[:-3], None, None, None)
     runs = label.ids.reshape(-1, upscale_factor**2)
-    op.ledger.tie(np.broadcast_to(runs[:, :1], runs.shape), runs)
+    op.ledger.tie(runs[:, :-1], runs[:, 1:])
     return (*x.dims[:-3], Label(runs[:, 0]) if len(runs) > 1 else None, None, None)
+
+
+@rule(aten.pixel_unshuffle)
+def pixel_unshuffle(op: Op, x: Labelled, downscale_factor: int) -> Dims:
+    """Each channel becomes a run of ``downscale_factor ** 2`` channels, which live together."""
+    op.freeze(x.dims[-2:], f"{op.name} moves it into channels")
+    label = x.dims[-3]
+    if label is None or label.context:
+        op.freeze([label], f"{op.name} splits it")
+        return (*x.dims[:-3], None, None, None)
+    return (*x.dims[:-3], Label(np.repeat(label.ids, downscale_factor**2)), None, None)
 
 
 @rule(aten.flip)
@@ -294,6 +313,8 @@ def repeat(op: Op, x: Labelled, repeats: Sequence[int]) -> Dims:
         if times[d] > 1:
             index = np.tile(np.arange(before[d]), times[d])
             dims = list(take(Labelled(before, tuple(dims)), d, index))
+    for asked in op.call.sizes(repeats) or () if x.labelled else ():
+        op.require_same(asked)
     grown = [d for d in range(ndim) if before[d] == 1 and times[d] > 1]
     if not grown or len(repeats) != ndim:
         return tuple(dims)
@@ -309,4 +330,5 @@ def repeat_interleave(
         op.freeze(x.dims, f"{op.name} flattens it")
         return (None,)
     dim %= x.ndim
+    op.require_same(op.call.argument(repeats, "repeats", 1))
     return take(x, dim, np.repeat(np.arange(x.shape[dim]), repeats))

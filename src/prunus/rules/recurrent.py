@@ -108,8 +108,9 @@ def _layer(op: Op, x: Label | None, params: Sequence[Labelled], biased: bool, ga
         for row in (inputs, recurrent, *biases):
             stacked = row.dims[0]
             if stacked is not None:
-                fine = stacked.ids.reshape(gates, -1)
-                op.ledger.tie(np.broadcast_to(cell.ids, fine.shape), fine)
+                op.ledger.tie(cell.ids, op.ledger.unite(stacked.ids.reshape(gates, -1), 0, fixed=True))
+    else:
+        op.freeze([row.dims[0] for row in (inputs, recurrent, *biases)], "they are the gates of a single hidden unit")
     if projection is not None and hidden is not None:
         op.couple(hidden, projection.dims[0])
     for weight in (inputs, recurrent, projection):

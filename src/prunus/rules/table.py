@@ -21,6 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol, TypeAlias, TypeVar
 
+import numpy as np
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
@@ -95,12 +96,16 @@ class Op:
 
     def require_sizes(self, sizes: Sequence[int], dims: Sequence[Label | None]) -> None:
         """The op was called with ``sizes`` for ``dims``: require those that the model's code named itself."""
-        if not any(d is not None for d in dims):
-            return
-        asked = self.call.sizes(sizes)
-        for wanted, label in zip(asked or (), dims, strict=False):
-            if label is not None and wanted != -1:
+        for wanted, size, label in zip(self.call.sizes(sizes) or (), sizes, dims, strict=False):
+            if label is None or size == -1:
+                self.require_same(wanted)
+            elif wanted != -1:
                 self.require(wanted, label.ids)
+
+    def require_same(self, asked: Any) -> None:
+        """The code sizes a dim that stays by ``asked``, which must keep its value, whatever it is computed from."""
+        if type(asked) is not int and isinstance(asked, int) and asked > 0:
+            self.require(asked, np.zeros(asked, dtype=np.int64))  # atom 0 stays for ever
 
     def require_argument(self, value: int, name: str, position: int, ids: Ids) -> None:
         """Like :meth:`require_sizes` for one int argument of the call, such as ``groups``."""

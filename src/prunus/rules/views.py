@@ -18,6 +18,7 @@ from prunus.labels import Dims, Ids, Label, Labelled, settle
 from prunus.rules.table import Op, rule
 
 aten = torch.ops.aten
+LARGEST_GRID = 2**18  # positions of a product of dims that are followed one by one
 
 
 def move(x: Labelled, order: Sequence[int | None]) -> Dims:
@@ -106,9 +107,7 @@ def sized(op: Op, shape: Sequence[int], dims: Sequence[Label | None], new: Seque
     for k in new:
         if shape[k] > 1 and type(asked[k]) is not int:
             out[k] = Label(op.ledger.fresh(shape[k]))
-    for wanted, label in zip(asked, out, strict=True):
-        if label is not None and wanted != -1:
-            op.require(wanted, label.ids)
+    op.require_sizes(shape, out)
     return tuple(out)
 
 
@@ -199,21 +198,20 @@ def _merged(op: Op, x: Labelled, block: Block, labelled: list[int]) -> _Leaf:
     for dim in reversed(labelled):
         label = x.dims[dim]
         if label is not None and all(d == dim or d in label.context for d in labelled):
-            _tie_foreign_order(op, label, dim, block)
+            _tie_foreign_order(op, x, label, dim, block)
             return _Leaf(label.ids, label.context, dim)
     return _product(op, x, labelled)
 
 
-def _tie_foreign_order(op: Op, label: Label, dim: int, block: Block) -> None:
+def _tie_foreign_order(op: Op, x: Labelled, label: Label, dim: int, block: Block) -> None:
     """Rows along a context that is laid out inside the dim live together, position by position."""
     for axis, c in enumerate(label.context):
         if c in block.ins and c > dim:
-            first = label.ids.take([0], axis=axis)
-            op.ledger.tie(np.broadcast_to(first, label.ids.shape), label.ids)
+            op.ledger.unite(label.ids, axis, fixed=x.dims[c] is None)
 
 
 def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
-    """Independent dims merged: a dim that only repeats the others has to stay, and so have all if several are left."""
+    """Independent dims merged: each takes its rows of the product; a dim that only repeats the others has to stay."""
     reason = f"{op.name} merges it with another dimension"
     labels = {d: label for d in labelled if (label := x.dims[d]) is not None}
     repeats = [d for d, label in labels.items() if id(label.ids) in op.ledger.uniform]
@@ -221,11 +219,19 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
     if len(labels) == 1:
         ((dim, label),) = labels.items()
         return _Leaf(label.ids, label.context, dim)
-    op.freeze(labels.values(), reason)
     shape = tuple(x.shape[d] for d in labelled)
-    grid = op.ledger.fresh(int(np.prod(shape)))
-    op.ledger.freeze(grid, reason)
-    return _Leaf(grid.reshape(shape), tuple(labelled[:-1]), labelled[-1])
+    atoms = op.ledger.fresh(int(np.prod(shape)))
+    grid = atoms.reshape(shape)
+    if repeats or len(atoms) > LARGEST_GRID or any(c not in labels for label in labels.values() for c in label.context):
+        op.freeze(labels.values(), reason)
+        op.ledger.freeze(atoms, reason)
+    else:
+        op.ledger.pin(atoms, f"{op.name} merges two dimensions in it, and it goes with either")
+        for d, label in labels.items():
+            known = [labelled.index(k) for k in (*label.context, d)]
+            rest = [k for k in range(len(labelled)) if k not in known]
+            op.ledger.belong(label.ids, grid.transpose(*known, *rest))
+    return _Leaf(grid, tuple(labelled[:-1]), labelled[-1])
 
 
 def _split(
