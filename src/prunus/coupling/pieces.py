@@ -163,7 +163,9 @@ def _equal_rows(ledger: Ledger, pieces: Pieces) -> Ids:
         repeated = bool((members[:, 1:] == members[:, :-1]).any())
         nested = bool(inside) and int(members[0, 0]) in inside
         for atom, row in zip(coarse.tolist(), members, strict=True):
-            found = np.concatenate([inside.get(c, row[k : k + 1]) for k, c in enumerate(row.tolist())]) if nested else row
+            found = (
+                np.concatenate([inside.get(c, row[k : k + 1]) for k, c in enumerate(row.tolist())]) if nested else row
+            )
             found = np.unique(found) if repeated or nested else found
             first = seen.setdefault(found.tobytes(), atom)
             if pieces.classes[first] != pieces.classes[atom]:
