@@ -29,7 +29,8 @@ _MAKES = frozenset(
 )
 
 _SIZED = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "repeat", "slice", "narrow"]) | {
-    *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unflatten", "as_strided")
+    *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unflatten", "as_strided"),
+    *("repeat_interleave", "tile", "roll", "constant_pad_nd", "topk"),
 }
 _COUNTED = frozenset({"prunus.rules.contractions", "prunus.rules.recurrent"})  # they multiply, labels or not
 
