@@ -208,6 +208,10 @@ def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact
             if not stays.any():
                 raise SurgeryError(f"{held.name} dim {dim} would lose its last position; remove fewer")
             removals.append(Removal(held.name, dim, stays.size, tuple(np.flatnonzero(~stays).tolist())))
+    for limit in coupling.trace.ledger.limits:
+        left = surviving(after, limit.ids)
+        if left < limit.least or (limit.ids.shape[-1] % limit.multiple == 0 and left % limit.multiple):
+            raise SurgeryError(f"{left} positions would be left where {limit.reason}; the plan was not made")
     settings = _settings(coupling, after)
     mirrors = _mirrors(coupling, facts)
     plan = Plan(tuple(removals), settings, footprint(coupling, alive), footprint(coupling, after), mirrors)
