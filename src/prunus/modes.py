@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +31,7 @@ _MAKES = frozenset(
         *("arange", "eye", "expand", "repeat"),
     ]
 )
+_COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
 _READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__})
 
 
@@ -278,6 +280,9 @@ class FunctionMode(TorchFunctionMode):
             shape = shape_of(labelled, tracer.ledger)
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if dim is None else shape[dim]
+        if func in _COUNTS:
+            labelled = tracer.labels_of(args[0])
+            return prod(shape_of(labelled, tracer.ledger)) if labelled.labelled else func(*args, **kwargs)
         if func in _READS:
             tracer.read(args[0], func.__name__)
         if func in _COMPOSED_IN_PYTHON:

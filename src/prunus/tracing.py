@@ -112,7 +112,8 @@ def _trace(
                 output = output_transform(output)
             ledger.step = len(tracer.events)
             for tensor in tensors_in(output):
-                for label in tracer.labels_of(tensor).dims:
+                known = tracer.labels_of(tensor)
+                for label in (*known.dims, known.numbers):
                     if label is not None:
                         ledger.freeze(label.ids, "it is an output of the model")
 

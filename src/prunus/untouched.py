@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 __all__ = ["untouched"]
 
-_CONTAINERS = frozenset({dict, list, set})
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})  # hooks are kept in ordered dictionaries
 
 
 @contextmanager
@@ -53,7 +54,7 @@ class _Memory:
         self._module = module
         self._attributes = dict(vars(module))
         held = self._attributes.values()
-        self._containers = [(value, value.copy()) for value in held if type(value) in _CONTAINERS]
+        self._containers = [(value, value.copy() if value else ()) for value in held if type(value) in _CONTAINERS]
         self._tensors: list[tuple[Tensor, int | None, Tensor]] = []
         if values:
             tensors = [value for value in held if isinstance(value, Tensor)]

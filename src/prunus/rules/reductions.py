@@ -84,7 +84,8 @@ def softmax(op: Op, x: Labelled, dim: int, *args: Any, **kwargs: Any) -> Dims:
         return x.dims
     dim %= x.ndim
     op.averages(x.dims[dim])
-    return without_context(op, x, dim)
+    without_context(op, x, dim)  # ties the rows that it compares; each keeps its own label
+    return tuple(x.dims)
 
 
 @rule(aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)

@@ -70,8 +70,8 @@ def sort(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims | N
         return _frozen_along(op, x, dims)
     order = Label(op.ledger.arrange(x.numbers.ids, x.shape[0], f"{op.name} orders by the numbers of its positions"))
     op.ledger.mean(order.ids, "order", x.numbers.ids)
-    found: list[Dims | None] = [Numbered((order,), x.numbers), Numbered((order,), _NOTHING)]
-    return found if op.name == "sort" else found[1]
+    places = Numbered((order,), _NOTHING)
+    return [Numbered((order,), x.numbers), places] if op.name == "sort" else places
 
 
 @rule(aten.cumsum)
