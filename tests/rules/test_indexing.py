@@ -58,7 +58,7 @@ GOLDEN = [
     pytest.param(
         lambda a: a[torch.tensor([True, False, True])],
         [(3, 2)],
-        "new2!, a1",
+        "new2!, a1 ; a0!",
         id="bool-mask",
     ),
     pytest.param(

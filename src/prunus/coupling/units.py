@@ -135,7 +135,10 @@ def _frozen_classes(pieces: Pieces, freezes: tuple[Freeze, ...], ledger: Ledger)
 
 
 def _guarded(pieces: Pieces, ledger: Ledger, stay: Ids) -> bool:
-    """Freeze what numbers an order that something else depends on; whether anything new was frozen."""
+    """Freeze what numbers an order that something else depends on; whether anything new was frozen.
+
+    Something does if it stays, if the model keeps it, or if it tells the positions apart (they are in several pieces).
+    """
     touched = np.zeros(int(pieces.fine.max()) + 1, dtype=bool)
     touched[pieces.fine[stay[pieces.classes] >= 0]] = True
     for start, count in ledger.kept:
@@ -143,7 +146,8 @@ def _guarded(pieces: Pieces, ledger: Ledger, stay: Ids) -> bool:
         touched[pieces.fine[first:last]] = True
     moved = False
     for k, guard in enumerate(ledger.guards):
-        if touched[pieces.fine[pieces.of(guard.effect)]].any():
+        first, last = pieces.of(guard.effect[[0, -1]])
+        if first != last or touched[pieces.fine[first]]:
             classes = pieces.classes[pieces.of(guard.cause.reshape(-1))]
             new = classes[stay[classes] < 0]
             stay[new] = len(ledger.freezes) + k

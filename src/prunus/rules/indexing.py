@@ -179,13 +179,12 @@ def index(op: Op, x: Labelled, indices: Sequence[Labelled | None]) -> Dims:
 
 def _under_masks(op: Op, x: Labelled, picked: Picked) -> Label | None:
     """What a mask picks comes in the order of the dims under it: nothing may depend on it, or they stay."""
-    found = [
-        label
-        for index, mask, dims in picked.consumed
-        if mask
-        for label in (*(x.dims[d] for d in dims), *index.dims)
-        if label is not None
-    ]
+    found = []
+    for index, mask, dims in picked.consumed:
+        for d, own in zip(dims if mask else (), index.dims, strict=False):
+            label = op.couple(x.dims[d], own.rename(dims) if own is not None else None)
+            if label is not None:
+                found.append(label)
     size = op.shape[picked.place] if picked.fresh else 0
     return arranged(op, found, size, f"{op.name} picks positions of it by a mask")
 
@@ -210,7 +209,8 @@ def all_frozen(op: Op, *tensors: Labelled) -> Dims:
 @rule(aten.masked_select)
 def masked_select(op: Op, x: Labelled, mask: Labelled) -> Dims:
     """The positions under a mask, in row-major order."""
-    found = [label for t in (x, mask) for label in t.dims if label is not None]
+    shape = np.broadcast_shapes(x.shape, mask.shape)
+    found = [label for label in combine(op, [x, mask], tuple(shape)) if label is not None]
     return (arranged(op, found, op.shape[0], f"{op.name} picks positions of it by a mask"),)
 
 

@@ -90,7 +90,7 @@ def cumsum(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims |
 @rule(aten.one_hot)
 def one_hot(op: Op, x: Labelled, num_classes: int = -1) -> Dims | list[Dims | None]:
     """Numbers of positions become a dim with these positions; positions beyond them stay."""
-    if x.numbers is None or x.numbers.ids.size > op.shape[-1] or not x.numbers.ids.size:
+    if num_classes < 0 or x.numbers is None or not 0 < x.numbers.ids.size <= op.shape[-1]:
         return by_position(op, x)
     label = x.numbers
     more = op.shape[-1] - label.size
