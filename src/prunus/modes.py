@@ -19,6 +19,7 @@ from prunus.held import Held, Modules
 from prunus.labels import Dims, Label, Labelled, Ledger, Numbered, unlabelled
 from prunus.rules import Op, lookup
 from prunus.rules.table import MOVES, NEEDS_DTYPES, READS_NUMBERS, Rule
+from prunus.siblings import Siblings
 from prunus.sizes import shape_of
 
 MARK = "_prunus_labels"
@@ -72,6 +73,7 @@ class Tracer(TorchDispatchMode):
         self._index = index
         self._storages: dict[int, torch.Tensor] = {}
         self._overwritten: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.siblings = Siblings([m for _, m in modules])
         self._numbered = False  # whether any tensor holds numbers of labelled positions
 
     @contextmanager
@@ -81,12 +83,13 @@ class Tracer(TorchDispatchMode):
         def enter(module: nn.Module, args: Any) -> None:
             self._stack.append(self._modules.get(id(module), self._stack[-1]))
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.siblings.note(module, args, kwargs, output)
             path = self._modules.get(id(module))
             while len(self._stack) > 1 and self._stack.pop() != path and path is not None:
                 pass  # modules whose forward raised, and whose caller went on
 
-        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, with_kwargs=True)]
         try:
             yield
         finally:
