@@ -81,6 +81,6 @@ def _tie(one: Sequence[torch.Tensor], other: Sequence[torch.Tensor], labels_of: 
             if left is not None and right is not None and left.size == right.size:
                 ledger.couple(left, right)
                 continue
-            for label in (left, right):
-                if label is not None:
-                    ledger.freeze(label.ids, reason)
+            for one_sided in (left, right):
+                if one_sided is not None:
+                    ledger.freeze(one_sided.ids, reason)
