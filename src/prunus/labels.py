@@ -69,6 +69,18 @@ def surviving(alive: NDArray[np.bool_], ids: Ids) -> int:
 Dims: TypeAlias = "tuple[Label | None, ...]"
 
 
+class Numbered(tuple):  # type: ignore[type-arg]
+    """The labels of a tensor whose *values* are numbers of positions: of the dim with the label ``numbers``."""
+
+    numbers: Label
+
+    def __new__(cls, dims: Dims, numbers: Label) -> Numbered:
+        """``dims``, and what the values number."""
+        self = super().__new__(cls, dims)
+        self.numbers = numbers
+        return self
+
+
 def settle(label: Label) -> Label:
     """The label without the context dims along which its ids do not vary."""
     ids, context = label
@@ -83,13 +95,14 @@ def settle(label: Label) -> Label:
 class Labelled:
     """What a rule sees of a tensor: its shape, the labels of its dims, and the step that made it."""
 
-    __slots__ = ("dims", "labelled", "shape", "source")
+    __slots__ = ("dims", "labelled", "numbers", "shape", "source")
 
     def __init__(self, shape: tuple[int, ...], dims: Dims, source: int = -1) -> None:
         self.shape = shape
         self.dims = dims
         self.source = source
-        self.labelled = dims.count(None) < len(dims)
+        self.numbers: Label | None = None if type(dims) is tuple else dims.numbers  # type: ignore[attr-defined]
+        self.labelled = dims.count(None) < len(dims) or self.numbers is not None
 
     @property
     def ndim(self) -> int:
@@ -133,6 +146,26 @@ class Imply(NamedTuple):
 
     cause: Ids
     effect: Ids
+
+
+class Guard(NamedTuple):
+    """``effect`` numbers a dim in an order that depends on how ``cause`` is numbered.
+
+    Nothing of ``effect`` ever goes. Where it meets something that stays or that the model keeps, ``cause`` must stay.
+    """
+
+    cause: Ids
+    effect: Ids
+    freeze: Freeze
+
+
+class Limit(NamedTuple):
+    """Each row of ``ids`` must keep at least ``least`` positions, and a multiple of ``multiple``."""
+
+    ids: Ids
+    least: int
+    multiple: int
+    reason: str
 
 
 class Requirement(NamedTuple):
@@ -183,6 +216,10 @@ class Ledger:
         self.in_values: list[Any] = []  # sizes that entered a computed number, such as an attention scale
         self.uniform: set[int] = set()  # ids (by object) of dims along which all values are equal
         self._line: Ids = np.arange(1 << 14)  # runs are cut from it; kept by the runs when it is outgrown
+        self.kept: list[tuple[int, int]] = []  # first atom and number of those on tensors that the model keeps
+        self.guards: list[Guard] = []
+        self.limits: list[Limit] = []
+        self.meaning: dict[int, tuple[str, Ids, Ids]] = {}  # ids (by object) -> see mean()
         self._ties: list[tuple[int, int, int, int, int]] = []
         self._seen: set[tuple[int, int, int, int]] = set()
         self._spans: dict[int, tuple[Ids, int]] = {}
@@ -282,6 +319,26 @@ class Ledger:
         """If ``cause[i]`` goes, ``effect[i]`` goes (any shapes that broadcast)."""
         cause, effect = np.broadcast_arrays(cause, effect)
         self.implications.append(Imply(cause.reshape(-1), effect.reshape(-1)))
+
+    def arrange(self, cause: Ids, count: int, reason: str) -> Ids:
+        """Atoms for a dim of fixed size whose order depends on the numbering of ``cause``."""
+        effect = self.fresh(count)
+        self.freezes.append(Freeze(effect, reason, self.step, False))
+        self.guards.append(Guard(cause, effect, Freeze(cause, reason, self.step, True)))
+        return effect
+
+    def limit(self, ids: Ids, reason: str, *, least: int = 1, multiple: int = 1) -> None:
+        """Each row of ``ids`` must keep at least so many positions, and a multiple of so many."""
+        self.limits.append(Limit(ids, least, multiple, reason))
+
+    def mean(self, ids: Ids, what: str, of: Ids) -> None:
+        """Note that ``ids`` (as an object) is ``what`` of the positions ``of``: "order", "counts", "ends"."""
+        self.meaning[id(ids)] = (what, of, ids)
+
+    def means(self, ids: Ids, what: str) -> Ids | None:
+        """The positions of which ``ids`` is ``what``."""
+        found = self.meaning.get(id(ids))
+        return found[1] if found is not None and found[0] == what else None
 
     def require(self, asked: Any, ids: Ids, place: str = "") -> None:
         """The model's code sizes the dim whose rows are ``ids`` with ``asked``."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -15,9 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.calls import PythonCall
 from prunus.held import Held, Modules
-from prunus.labels import Dims, Label, Labelled, Ledger, unlabelled
+from prunus.labels import Dims, Label, Labelled, Ledger, Numbered, unlabelled
 from prunus.rules import Op, lookup
-from prunus.rules.table import Rule
+from prunus.rules.table import MOVES, NEEDS_DTYPES, READS_NUMBERS, Rule
+from prunus.siblings import Siblings
 from prunus.sizes import shape_of
 
 MARK = "_prunus_labels"
@@ -25,8 +27,13 @@ _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})
 _PLAIN = frozenset({int, float, bool, type(None), str})
 _MAKES = frozenset(
-    ["zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"]
+    [
+        *("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"),
+        *("arange", "eye", "expand", "repeat"),
+    ]
 )
+_COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
+_READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__})
 
 _SIZED = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "repeat", "slice", "narrow"]) | {
     *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unflatten", "as_strided"),
@@ -72,6 +79,8 @@ class Tracer(TorchDispatchMode):
         self._index = index
         self._storages: dict[int, torch.Tensor] = {}
         self._overwritten: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.siblings = Siblings([m for _, m in modules])
+        self._numbered = False  # whether any tensor holds numbers of labelled positions
 
     @contextmanager
     def following_modules(self) -> Iterator[None]:
@@ -80,12 +89,13 @@ class Tracer(TorchDispatchMode):
         def enter(module: nn.Module, args: Any) -> None:
             self._stack.append(self._modules.get(id(module), self._stack[-1]))
 
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
+        def leave(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self.siblings.note(module, args, kwargs, output)
             path = self._modules.get(id(module))
             while len(self._stack) > 1 and self._stack.pop() != path and path is not None:
                 pass  # modules whose forward raised, and whose caller went on
 
-        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+        handles = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave, with_kwargs=True)]
         try:
             yield
         finally:
@@ -134,6 +144,7 @@ class Tracer(TorchDispatchMode):
         for d, size in enumerate(held.shape):
             if size > 1:
                 held.starts[d] = self.ledger.size
+                self.ledger.kept.append((self.ledger.size, size))
                 dims[d] = Label(self.ledger.fresh(size))
         reason = _untouchable(held)
         if reason is not None:
@@ -181,11 +192,16 @@ class Tracer(TorchDispatchMode):
         outputs = [r for r in several if isinstance(r, torch.Tensor)]
         self.ledger.step = len(self.events)
         op = Op(entry.name, self.ledger, inputs, [tuple(r.shape) for r in outputs], self.call)
+        if entry.name in NEEDS_DTYPES:
+            op.dtypes = [t.dtype for t in _flat((*args, *kwargs.values()))]
         found = self._apply(entry, op, lowered, named)
+        if self._numbered:
+            found = _numbers(op, found)
         labels = found if isinstance(found, list) else [found]
         for tensor, dims in zip(outputs, labels, strict=False):
             if dims is not None and id(tensor) not in self._index:  # some ops return a held tensor itself
                 labelled = Labelled(tuple(tensor.shape), dims, len(self.events))
+                self._numbered = self._numbered or labelled.numbers is not None
                 if entry.mutable and MARK not in tensor.__dict__:
                     self._lasting[id(tensor)] = (tensor, labelled)
                 else:
@@ -206,6 +222,13 @@ class Tracer(TorchDispatchMode):
         self.unsupported.setdefault(reason.removeprefix("no rule for "), []).append(self._stack[-1])
         return [None] * len(op.shapes)
 
+    def read(self, tensor: torch.Tensor, how: str) -> None:
+        """Python reads all values of a tensor, which no op shows."""
+        known = self.labels_of(tensor)
+        for label in (*known.dims, known.numbers):
+            if label is not None:
+                self.ledger.freeze(label.ids, f"{how} hands its values to Python")
+
     def _lower(self, value: Any, inputs: list[Labelled]) -> Any:
         if isinstance(value, torch.Tensor):
             labelled = self.labels_of(value)
@@ -214,6 +237,34 @@ class Tracer(TorchDispatchMode):
         if isinstance(value, (list, tuple)) and value and any(isinstance(v, (torch.Tensor, type(None))) for v in value):
             return [self._lower(v, inputs) for v in value]
         return value
+
+
+def _flat(values: Sequence[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among arguments, in the order in which rules see them."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _flat(value)
+
+
+def _numbers(op: Op, found: Any) -> Any:
+    """Numbers of positions that the op moved still number them; an op that does not know them keeps the positions."""
+    first = op.inputs[0].numbers if op.inputs else None
+    for k, tensor in enumerate(op.inputs):
+        numbers = tensor.numbers
+        if numbers is not None and not (op.name in READS_NUMBERS or (k == 0 and op.name in MOVES)):
+            op.freeze([numbers], f"{op.name} computes with the numbers of its positions")
+    if first is not None and op.name in MOVES:
+        several = found if isinstance(found, list) else [found]
+        moved = [
+            Numbered(dims if dims is not None else (None,) * len(shape), first)
+            for dims, shape in zip(several, op.shapes, strict=False)
+        ]
+        return moved if isinstance(found, list) else moved[0]
+    if type(found) is Numbered and op.name not in READS_NUMBERS and first is not None:
+        return tuple(found)
+    return found
 
 
 def _untouchable(held: Held) -> str | None:
@@ -242,6 +293,11 @@ class FunctionMode(TorchFunctionMode):
             shape = shape_of(labelled, tracer.ledger)
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if dim is None else shape[dim]
+        if func in _COUNTS:
+            labelled = tracer.labels_of(args[0])
+            return prod(shape_of(labelled, tracer.ledger)) if labelled.labelled else func(*args, **kwargs)
+        if func in _READS:
+            tracer.read(args[0], func.__name__)
         if func in _COMPOSED_IN_PYTHON:
             with self:
                 return _unguarded(func)(*args, **kwargs)

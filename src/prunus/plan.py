@@ -210,6 +210,10 @@ def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact
             removals.append(Removal(held.name, dim, stays.size, tuple(np.flatnonzero(~stays).tolist())))
     if any(ids.size and surviving(after, ids) == 0 for ids in coupling.trace.ledger.parts):
         raise SurgeryError("a part that the code cuts out would lose its last position; remove fewer")
+    for limit in coupling.trace.ledger.limits:
+        left = surviving(after, limit.ids)
+        if left < limit.least or (limit.ids.shape[-1] % limit.multiple == 0 and left % limit.multiple):
+            raise SurgeryError(f"{left} positions would be left where {limit.reason}; the plan was not made")
     settings = _settings(coupling, after)
     mirrors = _mirrors(coupling, facts)
     plan = Plan(tuple(removals), settings, footprint(coupling, alive), footprint(coupling, after), mirrors)

@@ -148,8 +148,8 @@ def choose(rankings: Sequence[Ranking], policy: Policy) -> Ids:
 
 
 def _floor(family: Family, share: float) -> int:
-    """How many bundles stay when ``share`` of them goes; one always stays."""
-    return max(1, int(family.count * (1 - share) + 1e-9))
+    """How many bundles stay when ``share`` of them goes; one, or as many as the model needs, always stays."""
+    return max(family.least, int(family.count * (1 - share) + 1e-9))
 
 
 def _kept_locally(rankings: Sequence[Ranking], policy: Policy) -> list[int]:
@@ -187,7 +187,7 @@ def _rounded(ranking: Ranking, kept: int, round_to: int | None) -> int:
     width = sum(len(lane) for lane in ranking.family.lanes) // ranking.family.count
     step = round_to // int(np.gcd(round_to, width))
     nearest = (2 * kept + step) // (2 * step) * step
-    return min(max(nearest, step), len(ranking.bundles))
+    return min(max(nearest, step, ranking.family.least), len(ranking.bundles))
 
 
 def choose_for_target(

@@ -236,10 +236,23 @@ class Size(int):
     def __eq__(self, other: object) -> bool:
         same = int.__eq__(self, other)
         if same is True and isinstance(other, Size):
+            self._follow(other)
+        return same
+
+    def _follow(self, other: Any) -> None:
+        """An attribute and the size of a tensor were compared and are equal: the attribute follows the tensor."""
+        if isinstance(other, Size) and int.__eq__(self, other):
             for attribute, extent in ((self, other), (other, self)):
                 if isinstance(attribute.expression, Attribute) and isinstance(extent.expression, Extent):
                     self.ledger.require(attribute, extent.expression.ids)
-        return same
+
+    def __lt__(self, other: int) -> bool:
+        self._follow(other)
+        return int.__lt__(self, other)
+
+    def __gt__(self, other: int) -> bool:
+        self._follow(other)
+        return int.__gt__(self, other)
 
     def __ne__(self, other: object) -> bool:
         return not self == other

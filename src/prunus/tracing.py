@@ -112,13 +112,18 @@ def _trace(
                 output = output_transform(output)
             ledger.step = len(tracer.events)
             for tensor in tensors_in(output):
-                for label in tracer.labels_of(tensor).dims:
+                known = tracer.labels_of(tensor)
+                for label in (*known.dims, known.numbers):
                     if label is not None:
                         ledger.freeze(label.ids, "it is an output of the model")
 
         run()
         if _unread(held):
-            _run_in_training(model, ledger, run)
+            counted = len(ledger.macs)
+            _run_in_training(model, run)
+            unread = {id(h.tensor) for h in held if max(h.starts, default=-1) < 0}
+            tracer.siblings.call_unreached(unread, tracer.labels_of, tensors_in, ledger)
+            del ledger.macs[counted:]
     unsupported = {name: tuple(dict.fromkeys(where)) for name, where in tracer.unsupported.items()}
     return Trace(model, tuple(held), ledger, tuple(tracer.events), unsupported, _unread(held), dict(modules))
 
@@ -130,15 +135,13 @@ def _unread(held: Sequence[Held]) -> tuple[str, ...]:
     )
 
 
-def _run_in_training(model: nn.Module, ledger: Ledger, run: Callable[[], None]) -> None:
+def _run_in_training(model: nn.Module, run: Callable[[], None]) -> None:
     """Run once more in training mode, for layers that only train (auxiliary heads); what cannot run is left unread."""
-    counted = len(ledger.macs)
     with untouched(model):
         for module in model.modules():
             module.training = True
         with suppress(Exception):  # a training forward may want targets; the layers are then reported as not read
             run()
-    del ledger.macs[counted:]
 
 
 @contextmanager

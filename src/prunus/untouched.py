@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 __all__ = ["untouched"]
 
-_CONTAINERS = frozenset({dict, list, set})
+_CONTAINERS = frozenset({dict, OrderedDict, list, set})  # hooks are kept in ordered dictionaries
 
 
 @contextmanager

@@ -253,10 +253,15 @@ def test_frozen_closure_gives_reasons() -> None:
 
 def test_why_not_names_op_and_module() -> None:
     """The reason of a unit names the op and the module that keep it."""
-    model = nn.Sequential(nn.Linear(6, 8), nn.Softmax(-1), nn.Linear(8, 3))
+
+    class Running(nn.Module):
+        def forward(self, x):
+            return x.cumsum(-1)
+
+    model = nn.Sequential(nn.Linear(6, 8), Running(), nn.Linear(8, 3))
     found = coupled(model, torch.randn(2, 6))
     start = next(h.starts[0] for h in found.trace.held if h.name == "0.weight")
-    assert why_not(found, int(found.unit_of_atom[start])) == "softmax compares its positions (softmax in 1)"
+    assert why_not(found, int(found.unit_of_atom[start])) == "cumsum compares its positions (cumsum in 1)"
 
 
 def test_explain_tells_groups_ties_and_reasons() -> None:

@@ -184,25 +184,25 @@ GOLDEN = [
     pytest.param(
         lambda a: a.softmax(1),
         [(2, 3)],
-        "a0, - ; a1!",
+        "a0, a1",
         id="softmax",
     ),
     pytest.param(
         lambda a: a.softmax(1, dtype=torch.float64),
         [(2, 3)],
-        "a0, - ; a1!",
+        "a0, a1",
         id="softmax-dtype",
     ),
     pytest.param(
         lambda a: a.log_softmax(0),
         [(2, 3)],
-        "-, a1 ; a0!",
+        "a0, a1",
         id="log_softmax",
     ),
     pytest.param(
         lambda a: F.softmin(a, 1),
         [(2, 3)],
-        "a0, - ; a1!",
+        "a0, a1",
         id="softmin",
     ),
     pytest.param(
@@ -238,7 +238,7 @@ GOLDEN = [
     pytest.param(
         lambda a: a.argmax(1),
         [(2, 3)],
-        "a0 ; a1!",
+        "a0",
         id="argmax",
     ),
     pytest.param(
@@ -250,13 +250,13 @@ GOLDEN = [
     pytest.param(
         lambda a: a.topk(2, 1),
         [(2, 3)],
-        "a0, - | a0, - ; a1!",
+        "a0, - | a0, -",
         id="topk",
     ),
     pytest.param(
         lambda a: a.topk(2),
         [(2, 3)],
-        "a0, - | a0, - ; a1!",
+        "a0, - | a0, -",
         id="topk-default",
     ),
     pytest.param(
@@ -358,29 +358,29 @@ NETWORKS = [
     pytest.param(
         lambda net: net.Net(lambda s, x: s.q(x).max(1).values, q=nn.Linear(6, 8)),
         torch.randn(3, 6),
-        0,
-        0.0,
+        8,
+        1.0,
         id="max-logits",
     ),
     pytest.param(
         lambda net: net.Net(lambda s, x: s.e(s.q(x).max(1).indices), q=nn.Linear(6, 8), e=nn.Embedding(8, 4)),
         torch.randn(3, 6),
-        0,
-        0.0,
+        8,
+        1.0,
         id="max-indices",
     ),
     pytest.param(
         lambda net: net.Net(lambda s, x: s.q(x).topk(2)[0], q=nn.Linear(6, 8)),
         torch.randn(3, 6),
-        0,
-        0.0,
+        8,
+        1.0,
         id="topk",
     ),
     pytest.param(
         lambda net: net.lin(lambda s, x: x.view(x.shape[0], 2, -1).softmax(-1).flatten(1)),
         torch.randn(3, 6),
-        0,
-        0.0,
+        4,
+        0.957,
         id="heads-softmax-1",
     ),
 ]

@@ -20,7 +20,7 @@ import numpy as np
 
 from prunus.coupling.pieces import components
 from prunus.coupling.units import Units
-from prunus.labels import Ids, Ledger, Requirement, first_row
+from prunus.labels import Ids, Ledger, Limit, Requirement, first_row
 from prunus.sizes import Attribute, Expression, Extent, expression_of, leaves, solve_all
 
 TINY = 1e-6
@@ -30,12 +30,14 @@ TINY = 1e-6
 class Family:
     """Lanes of units that shrink together: ``count`` bundles of ``len(lane) // count`` units of each lane.
 
-    ``step`` is how many of the smallest possible bundles must go at once to keep the model's sizes whole numbers.
+    ``step`` is how many of the smallest possible bundles must go at once to keep the model's sizes whole numbers;
+    ``least`` is how many bundles must stay.
     """
 
     lanes: tuple[Ids, ...]
     coarse: bool
     step: int = 1
+    least: int = 1
 
     @cached_property
     def count(self) -> int:
@@ -60,6 +62,7 @@ class _Draft:
     family_of: Ids
     why: dict[int, str] = field(default_factory=dict)
     step: dict[int, int] = field(default_factory=dict)  # family -> see Family.step
+    least: dict[int, int] = field(default_factory=dict)  # family -> see Family.least
 
     def join(self, families: Iterable[int]) -> None:
         chosen = sorted(set(families))
@@ -93,8 +96,10 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
     draft = _lanes(ledger, units, kind, partial)
     _balance(ledger, units, draft, partial)
     _pin_overlapping(units, draft)
-    if ledger.requirements:
-        _Constraints(ledger, units, draft, read).settle()
+    if ledger.requirements or ledger.limits:
+        constraints = _Constraints(ledger, units, draft, read)
+        constraints.settle()
+        constraints.respect(ledger.limits)
     families = []
     for family in np.unique(draft.family_of[draft.family_of >= 0]).tolist():
         members = np.flatnonzero(draft.family_of == family)
@@ -102,6 +107,7 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
             tuple(draft.lanes[k] for k in members.tolist()),
             units.is_coarse(int(draft.lanes[members[0]][0])),
             draft.step.get(family, 1),
+            draft.least.get(family, 1),
         )
         if made.count < 2 and (len(made.lanes) > 1 or made.step > 1):
             draft.pin(family, "its parts cannot shrink in step: their sizes have no common divisor")
@@ -281,6 +287,29 @@ class _Constraints:
                 self.draft.pin(family, _reason(self.expressions[first], self.requirements[first]))
         for family in errors:
             self.draft.step[family] = self._step(family)
+
+    def respect(self, limits: Iterable[Limit]) -> None:
+        """Steps and least numbers of bundles that keep the limits; a family that cannot keep them is pinned."""
+        for ids, least, multiple, reason in limits:
+            inside: dict[int, int] = {}
+            for lane, n in self.content(ids).items():
+                family = int(self.draft.family_of[lane])
+                inside[family] = inside.get(family, 0) + n
+            inside.pop(-1, None)
+            for family, n in inside.items():
+                whole = int(np.gcd.reduce([len(self.draft.lanes[k]) for k in self._lanes_of(family)]))
+                step = self.draft.step.get(family, 1)
+                if ids.shape[-1] % multiple == 0:
+                    step = lcm(step, multiple // gcd(multiple, n // whole))
+                if n % whole or whole % step:
+                    self.draft.pin(family, reason)
+                    continue
+                self.draft.step[family] = step
+                must_stay = -(-least * (whole // step) // n)
+                self.draft.least[family] = max(self.draft.least.get(family, 1), must_stay)
+
+    def _lanes_of(self, family: int) -> list[int]:
+        return np.flatnonzero(self.draft.family_of == family).tolist()
 
     def _join(self, joins: list[list[int]], errors: dict[int, dict[int, float]]) -> None:
         """Join sets of families (those that overlap become one), and look at the results again."""

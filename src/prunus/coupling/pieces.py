@@ -89,9 +89,10 @@ def _cuts(ledger: Ledger) -> NDArray[np.bool_]:
     for begin in (ties.left, ties.right):
         cut[begin] = True
         cut[begin + ties.length] = True
-    groups = (ledger.freezes, ledger.requirements, ledger.balances)
+    groups = (ledger.freezes, ledger.requirements, ledger.balances, ledger.limits)
     rows_of = {id(item.ids): item.ids for items in groups for item in items}
-    _cut_rows(cut, [*rows_of.values(), *(r.fine for r in ledger.rows_of)])
+    guarded = (ids for g in ledger.guards for ids in (g.cause, g.effect))
+    _cut_rows(cut, [*rows_of.values(), *(r.fine for r in ledger.rows_of), *guarded])
     for rows in ledger.rows_of:
         _cut_single(cut, rows.coarse)
     for implication in ledger.implications:

@@ -108,9 +108,9 @@ class Units:
 
 def find_units(ledger: Ledger, pieces: Pieces) -> Units:
     """Which fine atoms may go, and what each takes (atoms on no tensor that the model keeps are units too)."""
-    freezes = tuple(ledger.freezes)
+    freezes = (*ledger.freezes, *(g.freeze for g in ledger.guards))
     count = int(pieces.fine.max()) + 1
-    stay_class = _frozen_classes(pieces, freezes)
+    stay_class = _frozen_classes(pieces, freezes, ledger)
     stay = np.full(count, len(freezes), dtype=np.int64)
     known = stay_class[pieces.classes]
     np.minimum.at(stay, pieces.fine[known >= 0], known[known >= 0])
@@ -130,17 +130,39 @@ def find_units(ledger: Ledger, pieces: Pieces) -> Units:
     return Units(pieces, freezes, stay, free, base, width, taker, taken, int(width.sum()))
 
 
-def _frozen_classes(pieces: Pieces, freezes: tuple[Freeze, ...]) -> Ids:
+def _frozen_classes(pieces: Pieces, freezes: tuple[Freeze, ...], ledger: Ledger) -> Ids:
     """For each class the freeze that keeps it (-1: none): its own, or that of something which would go with it."""
     stay = np.full(int(pieces.classes.max()) + 1, len(freezes), dtype=np.int64)
-    frozen, why = _frozen_pieces(pieces, freezes, hard=True)
+    frozen, why = _frozen_pieces(pieces, freezes[: len(ledger.freezes)], hard=True)
     np.minimum.at(stay, pieces.classes[frozen], why)
     stay[stay == len(freezes)] = -1
     while True:
         spread = (stay[pieces.effect] >= 0) & (stay[pieces.cause] < 0)
-        if not spread.any():
+        if spread.any():
+            stay[pieces.cause[spread]] = stay[pieces.effect[spread]]
+        elif not ledger.guards or not _guarded(pieces, ledger, stay):
             return stay
-        stay[pieces.cause[spread]] = stay[pieces.effect[spread]]
+
+
+def _guarded(pieces: Pieces, ledger: Ledger, stay: Ids) -> bool:
+    """Freeze what numbers an order that something else depends on; whether anything new was frozen.
+
+    Something does if it stays, if the model keeps it, or if it tells the positions apart (they are in several pieces).
+    """
+    touched = np.zeros(int(pieces.fine.max()) + 1, dtype=bool)
+    touched[pieces.fine[stay[pieces.classes] >= 0]] = True
+    for start, count in ledger.kept:
+        first, last = np.searchsorted(pieces.start, (start, start + count))
+        touched[pieces.fine[first:last]] = True
+    moved = False
+    for k, guard in enumerate(ledger.guards):
+        first, last = pieces.of(guard.effect[[0, -1]])
+        if first != last or touched[pieces.fine[first]]:
+            classes = pieces.classes[pieces.of(guard.cause.reshape(-1))]
+            new = classes[stay[classes] < 0]
+            stay[new] = len(ledger.freezes) + k
+            moved = moved or bool(new.size)
+    return moved
 
 
 def _frozen_pieces(pieces: Pieces, freezes: tuple[Freeze, ...], *, hard: bool) -> tuple[Ids, Ids]:

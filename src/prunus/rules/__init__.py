@@ -9,8 +9,10 @@ from prunus.rules import (
     pointwise,
     recurrent,
     reductions,
+    routing,
     spatial,
     views,
+    writing,
 )
 from prunus.rules.table import Op, lookup, rule
 
@@ -25,7 +27,9 @@ __all__ = [
     "pointwise",
     "recurrent",
     "reductions",
+    "routing",
     "rule",
     "spatial",
     "views",
+    "writing",
 ]

@@ -318,7 +318,9 @@ def repeat(op: Op, x: Labelled, repeats: Sequence[int]) -> Dims:
     grown = [d for d in range(ndim) if before[d] == 1 and times[d] > 1]
     if not grown or len(repeats) != ndim:
         return tuple(dims)
-    return sized(op, [n if d in grown else -1 for d, n in enumerate(times)], dims, grown) if x.labelled else tuple(dims)
+    labels = sized(op, [n if d in grown else -1 for d, n in enumerate(times)], dims, grown)
+    op.ledger.uniform.update(id(label.ids) for d in grown if (label := labels[d]) is not None)
+    return labels
 
 
 @rule(aten.repeat_interleave.self_int)

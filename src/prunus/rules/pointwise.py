@@ -51,12 +51,15 @@ aten = torch.ops.aten
     aten.rrelu_with_noise,
     aten.rsub,
     aten.masked_fill,
+    aten.floor_divide,
     aten.fake_quantize_per_tensor_affine,
 )
 def pointwise(op: Op, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
     """Every dim of the output stems from the same dim of each input that is not broadcast along it."""
     if op.name in ("prelu", "_prelu_kernel") and op.inputs[1].ndim == 1 and op.inputs[0].ndim > 1:
         return _prelu(op, *op.inputs)
+    if op.ledger.guards and op.name.endswith("_like"):
+        return _like(op, op.inputs[0])
     dims = [combine(op, op.inputs, shape) for shape in op.shapes]
     return dims[0] if len(dims) == 1 else list(dims)
 
@@ -66,6 +69,12 @@ def _prelu(op: Op, x: Labelled, weight: Labelled) -> Dims:
         return x.dims
     channel = op.couple(x.dims[1], weight.dims[0])
     return (x.dims[0], channel, *x.dims[2:])
+
+
+def _like(op: Op, x: Labelled) -> Dims:
+    """A new tensor has no part in the order of an arranged dim, which has a fixed size."""
+    arranged = {id(g.effect) for g in op.ledger.guards}
+    return tuple(None if d is not None and id(d.ids) in arranged else d for d in x.dims)
 
 
 def combine(op: Op, tensors: list[Labelled], shape: tuple[int, ...]) -> Dims:

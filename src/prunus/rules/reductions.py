@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from prunus.labels import Dims, Label, Labelled
+from prunus.labels import Dims, Label, Labelled, Numbered
 from prunus.rules.joins import without_context
 from prunus.rules.pointwise import pointwise
 from prunus.rules.table import Op, rule
@@ -41,8 +41,6 @@ def reduce(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims |
         return pointwise(op, x, *args, **kwargs)
     gone = _reduced(op, x, args, kwargs)
     labels = x
-    if op.name in ("max", "min") and len(op.shapes) > 1:
-        op.freeze([x.dims[d] for d in gone], f"{op.name} returns numbers of its positions")
     for d in gone:
         op.averages(labels.dims[d])
         labels = Labelled(x.shape, without_context(op, labels, d))
@@ -51,7 +49,20 @@ def reduce(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims |
         [d if d not in gone else None for d in range(x.ndim)] if keep else [d for d in range(x.ndim) if d not in gone]
     )
     dims = move(labels, order)
+    if op.name in ("max", "min") and len(op.shapes) > 1:
+        return [dims, numbered(op, x, min(gone, default=0), dims)]
     return dims if len(op.shapes) == 1 else [dims for _ in op.shapes]
+
+
+def numbered(op: Op, x: Labelled, dim: int, dims: Dims) -> Dims:
+    """``dims``, for a tensor whose values are numbers of positions of ``x`` along ``dim``."""
+    label = x.dims[dim] if x.ndim else None
+    if label is None:
+        return dims
+    if label.context:
+        op.freeze([label], f"{op.name} returns numbers of its positions, and it depends on another dimension")
+        return dims
+    return Numbered(dims, label)
 
 
 def _reduced(op: Op, x: Labelled, args: Sequence[Any], kwargs: dict[str, Any]) -> set[int]:
@@ -66,53 +77,47 @@ def _reduced(op: Op, x: Labelled, args: Sequence[Any], kwargs: dict[str, Any]) -
     return {d % x.ndim for d in dims}
 
 
-@rule(
-    aten.softmax,
-    aten._softmax,
-    aten._safe_softmax,
-    aten.log_softmax,
-    aten._log_softmax,
-    aten.cumsum,
-    aten.cumprod,
-    aten.logcumsumexp,
-    aten.sort,
-    aten.argsort,
-    aten.argmax,
-    aten.argmin,
-    aten.cummax,
-    aten.cummin,
-)
+@rule(aten.softmax, aten._softmax, aten._safe_softmax, aten.log_softmax, aten._log_softmax)
+def softmax(op: Op, x: Labelled, dim: int, *args: Any, **kwargs: Any) -> Dims:
+    """Weighs the positions of a dim against each other: the labels pass, and the dim is averaged over."""
+    if x.ndim == 0:
+        return x.dims
+    dim %= x.ndim
+    op.averages(x.dims[dim])
+    without_context(op, x, dim)  # ties the rows that it compares; each keeps its own label
+    return tuple(x.dims)
+
+
+@rule(aten.cumprod, aten.logcumsumexp, aten.cummax, aten.cummin)
 def along(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
     """Compares the positions of a dim: it is frozen; the other dims pass."""
-    default = None if op.name in ("argmax", "argmin") else -1
-    dim = kwargs.get("dim", next((a for a in args if isinstance(a, int) and not isinstance(a, bool)), default))
-    dims = range(x.ndim) if dim is None else [dim % x.ndim] if x.ndim else []
-    for d in dims:
-        op.freeze([x.dims[d]], f"{op.name} compares its positions")
-        kept = without_context(op, x, d)
-        x = Labelled(x.shape, (*kept[:d], None, *kept[d + 1 :]))
-    return [_kept(x, shape, dims) for shape in op.shapes] if len(op.shapes) > 1 else _kept(x, op.shape, dims)
+    dim = kwargs.get("dim", next((a for a in args if isinstance(a, int) and not isinstance(a, bool)), -1))
+    return _frozen_along(op, x, [dim % x.ndim] if x.ndim else [])
 
 
-@rule(aten.topk, aten.kthvalue, aten.median, aten.nanmedian, aten.mode, aten.quantile)
+@rule(aten.kthvalue, aten.median, aten.nanmedian, aten.mode, aten.quantile)
 def choose(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
     """Picks positions of a dim by value: it is frozen and loses its label."""
     ints = [a for a in args if isinstance(a, int) and not isinstance(a, bool)]
-    if op.name in ("topk", "kthvalue"):
+    if op.name == "kthvalue":
         ints = ints[1:] or [-1]
     dim = kwargs.get("dim", ints[0] if ints else None)
-    dims = range(x.ndim) if dim is None else [dim % x.ndim] if x.ndim else []
+    return _frozen_along(op, x, range(x.ndim) if dim is None else [dim % x.ndim] if x.ndim else [])
+
+
+def _frozen_along(op: Op, x: Labelled, dims: Sequence[int]) -> Dims | list[Dims | None]:
+    """The labels after the positions of ``dims`` were compared."""
     for d in dims:
         op.freeze([x.dims[d]], f"{op.name} compares its positions")
         kept = without_context(op, x, d)
         x = Labelled(x.shape, (*kept[:d], None, *kept[d + 1 :]))
-    return [_kept(x, shape, dims) for shape in op.shapes] if len(op.shapes) > 1 else _kept(x, op.shape, dims)
+    return [kept_dims(x, shape, dims) for shape in op.shapes] if len(op.shapes) > 1 else kept_dims(x, op.shape, dims)
 
 
-def _kept(x: Labelled, shape: Sequence[int], dims: Sequence[int]) -> Dims:
+def kept_dims(x: Labelled, shape: Sequence[int], dims: Sequence[int]) -> Dims:
     """The labels for an output that may have dropped ``dims``."""
     if len(shape) == x.ndim:
-        return x.dims
+        return tuple(x.dims)
     labels: Dims = move(x, [d for d in range(x.ndim) if d not in dims])
     blank: list[Label | None] = [None] * len(shape)
     return labels if len(labels) == len(shape) else tuple(blank)

@@ -33,6 +33,29 @@ F = TypeVar("F", bound=Rule)
 
 _TABLE: dict[OpOverload | OpOverloadPacket, Rule] = {}
 
+NEEDS_DTYPES = frozenset(["index", "index_put", "_grouped_mm"])
+"""Ops that mean something else for masks than for numbers, or whose widths are limited by the size of an element."""
+
+MOVES = frozenset(
+    [
+        *("clone", "alias", "detach", "contiguous", "to", "_to_copy", "lift_fresh", "lift_fresh_copy"),
+        *("permute", "transpose", "t", "movedim", "unsqueeze", "squeeze", "expand", "expand_as", "broadcast_to"),
+        *("view", "_unsafe_view", "reshape", "_reshape_alias", "view_as", "reshape_as", "flatten", "unflatten"),
+        *("select", "unbind", "slice", "narrow", "split", "split_with_sizes", "chunk", "repeat", "repeat_interleave"),
+        *("flip", "roll", "index", "index_select", "gather", "take_along_dim"),
+    ]
+)
+"""Ops whose output holds values of their first tensor, moved: what these number, the output's values number."""
+
+READS_NUMBERS = frozenset(
+    [
+        *("index", "index_select", "gather", "take_along_dim", "embedding", "scatter", "scatter_add", "scatter_reduce"),
+        *("index_add", "index_copy", "index_reduce", "index_fill", "index_put", "sort", "argsort"),
+        *("one_hot", "histc", "bincount", "_grouped_mm"),
+    ]
+)
+"""Ops whose rules know what to do with numbers of positions; any other use of them keeps the positions."""
+
 
 class Call(Protocol):
     """The call in the model's Python code that led to an op: where the ints among its arguments came from."""
@@ -53,7 +76,7 @@ class Call(Protocol):
 class Op:
     """One call of an ATen op, as a rule sees it."""
 
-    __slots__ = ("call", "inputs", "ledger", "name", "shapes")
+    __slots__ = ("call", "dtypes", "inputs", "ledger", "name", "shapes")
 
     def __init__(
         self,
@@ -68,6 +91,7 @@ class Op:
         self.inputs = inputs
         self.shapes = shapes
         self.call = call
+        self.dtypes: list[torch.dtype] = []  # of ``inputs``; only for the ops in NEEDS_DTYPES
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -88,7 +112,11 @@ class Op:
                 self.ledger.freeze(known.ids, why or f"{self.name} combines it with a dimension of fixed size")
             return known
         self.ledger.couple(a, b)
-        return a if len(a.context) >= len(b.context) else b
+        best, other = (a, b) if len(a.context) >= len(b.context) else (b, a)
+        uniform = self.ledger.uniform
+        if uniform and id(best.ids) in uniform and id(other.ids) not in uniform:
+            return other if len(other.context) == len(best.context) else Label(best.ids[...], best.context)
+        return best
 
     def require(self, asked: Any, ids: Ids) -> None:
         """The code sizes a labelled dim, whose rows are ``ids``, by ``asked``."""

@@ -91,11 +91,20 @@ def expand(op: Op, x: Labelled, size: Sequence[int] | Labelled, *, implicit: boo
     if isinstance(size, Labelled):
         for k in grown:
             model = size.dims[k]
-            dims[k] = Label(model.row) if model is not None else None
+            dims[k] = _repeated(op, model) if model is not None else None
         return tuple(dims)
     labels = sized(op, shape, dims, grown)
     op.ledger.uniform.update(id(d.ids) for k in grown if (d := labels[k]) is not None)
     return labels
+
+
+def _repeated(op: Op, model: Label) -> Label:
+    """A dim as long as another one, along which all values are equal."""
+    ids = op.ledger.fresh(model.ids.size)
+    ids = ids.reshape(model.ids.shape) if model.context else ids
+    op.ledger.tie(ids, model.ids)
+    op.ledger.uniform.add(id(ids))
+    return Label(ids, model.context)
 
 
 def sized(op: Op, shape: Sequence[int], dims: Sequence[Label | None], new: Sequence[int]) -> Dims:
