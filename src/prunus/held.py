@@ -28,6 +28,22 @@ class Place(NamedTuple):
         """The dotted name in the model."""
         return f"{self.module}.{self.name}" if self.module else self.name
 
+    @property
+    def layer(self) -> str:
+        """The path of the layer that uses the tensor: for a parametrised weight the layer, not its parametrisation."""
+        return layer_of(self.module)
+
+
+def layer_of(path: str) -> str:
+    """The path of the layer that a parametrisation belongs to; any other module is its own.
+
+    Example:
+        >>> layer_of("conv.parametrizations.weight"), layer_of("conv")
+        ('conv', 'conv')
+    """
+    before, found, _ = f".{path}".partition(".parametrizations.")
+    return before[1:] if found else path
+
 
 @dataclass(frozen=True)
 class Held:

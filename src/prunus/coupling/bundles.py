@@ -165,6 +165,8 @@ def _balance(ledger: Ledger, units: Units, draft: _Draft, partial: list[_Partial
             lanes = np.unique(np.concatenate(whole))
             left += [int(lanes[0])] * (lanes.size - 1)
             right += lanes[1:].tolist()
+            if len(takings) < len(rows):
+                uneven.append((lanes, balance.reason))
         if members.size == 0:
             continue
         free = (rows >= 0).sum(axis=1)

@@ -128,6 +128,19 @@ def weight_norm(op: Op, v: Labelled, g: Labelled, dim: int = 0) -> list[Dims | N
     return [dims, tuple(label if d == dim else None for d in range(g.ndim))]
 
 
+@rule(aten.norm_except_dim)
+def norm_except_dim(op: Op, v: Labelled, power: int = 2, dim: int = 0) -> Dims:
+    """The length of each slice along ``dim`` (-1: of the whole)."""
+    if dim == -1:
+        for d in range(v.ndim):
+            op.averages(v.dims[d])
+            v = Labelled(v.shape, without_context(op, v, d))
+        return (None,) * len(op.shape)
+    label = each_by_itself(op, v, dim)[dim]
+    op.averages(label)  # a slice of zeros has no direction
+    return tuple(label if d == dim else None for d in range(len(op.shape)))
+
+
 @rule(aten.renorm)
 def renorm(op: Op, x: Labelled, p: float, dim: int, maxnorm: float) -> Dims:
     """Slices along ``dim`` that are too long are scaled down."""

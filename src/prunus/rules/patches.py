@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunus.labels import Dims, Ids, Label, Labelled
+from prunus.labels import Dims, Label, Labelled
 from prunus.rules.joins import fix, take
 from prunus.rules.table import Op, rule
 from prunus.rules.views import move, reshape
@@ -98,7 +98,7 @@ def grid_sampler(op: Op, x: Labelled, grid: Labelled, *args: Any) -> Dims:
     x = fix(op, x, range(2, x.ndim), f"{op.name} reads it by coordinates")
     grid = fix(op, grid, (grid.ndim - 1,), "it holds coordinates")
     batch = op.couple(x.dims[0], grid.dims[0]) if x.dims[0] or grid.dims[0] else None
-    where: Ids | dict[int, int] = {0: 0, **{d: d + 1 for d in range(1, grid.ndim - 1)}}
+    where = {0: 0, **{d: d + 1 for d in range(1, grid.ndim - 1)}}
     places = [d.rename(where) if d is not None else None for d in grid.dims[1:-1]]
     return (batch, x.dims[1], *places)
 

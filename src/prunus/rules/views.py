@@ -226,7 +226,7 @@ def _tie_foreign_order(op: Op, label: Label, dim: int, block: Block) -> None:
 
 
 def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
-    """Independent dims merged: a dim that only repeats the others has to stay, and so have all if several are left."""
+    """Independent dims merged: a dim that only repeats the others has to stay; each of the others takes its rows."""
     reason = f"{op.name} merges it with another dimension"
     labels = {d: label for d in labelled if (label := x.dims[d]) is not None}
     repeats = [d for d, label in labels.items() if id(label.ids) in op.ledger.uniform]
@@ -234,11 +234,16 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
     if len(labels) == 1:
         ((dim, label),) = labels.items()
         return _Leaf(label.ids, label.context, dim)
-    op.freeze(labels.values(), reason)
     shape = tuple(x.shape[d] for d in labelled)
-    grid = op.ledger.fresh(int(np.prod(shape)))
-    op.ledger.freeze(grid, reason)
-    return _Leaf(grid.reshape(shape), tuple(labelled[:-1]), labelled[-1])
+    grid = op.ledger.fresh(int(np.prod(shape))).reshape(shape)
+    if repeats or any(label.context for label in labels.values()):
+        op.freeze(labels.values(), reason)
+        op.ledger.freeze(grid, reason)
+    else:
+        op.ledger.pin(grid, reason)
+        for axis, label in enumerate(labels.values()):
+            op.ledger.belong(label.ids, np.moveaxis(grid, axis, 0).reshape(label.size, -1))
+    return _Leaf(grid, tuple(labelled[:-1]), labelled[-1])
 
 
 def _split(
