@@ -80,6 +80,11 @@ def held_tensors(modules: Modules) -> tuple[list[Held], dict[int, int]]:
     by_memory: dict[int, list[int]] = {}
     places: list[list[Place]] = []
     for path, module in modules:
+        if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
+            raise InputError(
+                f"{path or 'the model'} is compiled by TorchScript, which hides its tensors: prune the Python module, "
+                "then script or trace it"
+            )
         kinds = (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", module.__dict__))
         for kind, fields in kinds:
             for name, tensor in fields.items():

@@ -120,8 +120,10 @@ class _Runner:
         output_transform: Callable[[Any], Any] | None,
     ) -> None:
         self.model, self.inputs, self.forward_fn, self.output_transform = model, inputs, forward_fn, output_transform
+        self.buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
 
     def __call__(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        values = {k: v.clone() if k in self.buffers else v for k, v in values.items()}  # a run may write to them
         with untouched(self.model), torch.no_grad(), borrowed(self.model, values):
             output = call_model(self.model, self.inputs, self.forward_fn)
             if self.output_transform is not None:
@@ -259,5 +261,5 @@ def prunable_share(coupling: Coupling) -> float:
             total += prod(held.shape)
             fixed += prod(held.left(~free))
     if not total:
-        raise PrunusError("the model has no parameters")
+        raise PrunusError("the model has no float parameters; prune a model before it is quantised")
     return 1 - fixed / total
