@@ -291,3 +291,19 @@ def _grouped_transposed(
     _outputs_of_groups(op, coarse, outs)
     op.require_argument(groups, "groups", 6, coarse)
     return read, made, out
+
+
+@rule("torchvision::deform_conv2d")
+def deform_conv2d(
+    op: Op, x: Labelled, weight: Labelled, offset: Labelled, mask: Labelled, bias: Labelled, *args: int
+) -> Dims:
+    """A convolution that reads each place of its kernel at an offset; channels of one offset group share it."""
+    groups, offset_groups = args[6], args[7]
+    for t in (offset, mask):
+        op.freeze(t.dims, f"{op.name} reads offsets and weights of every place of its kernel there")
+    label = x.dims[1]
+    if label is not None and offset_groups > 1:
+        rows = label.ids.reshape(*label.ids.shape[:-1], offset_groups, -1)
+        op.ledger.balance(rows, "channels that share offsets are equally many")
+        op.ledger.freeze(op.ledger.rows(rows), "the number of its offset groups is fixed")
+    return convolution(op, x, weight, bias, 1, 0, 1, False, 0, groups)

@@ -333,3 +333,14 @@ def repeat_interleave(
         return (None,)
     dim %= x.ndim
     return take(x, dim, np.repeat(np.arange(x.shape[dim]), repeats))
+
+
+@rule(aten.select_scatter, aten.slice_scatter)
+def scatter_view(op: Op, x: Labelled, src: Labelled, dim: int = 0, *args: Any, **kwargs: Any) -> Dims:
+    """One position or a stretch of ``dim`` overwritten: ``dim`` stays, the other dims line up."""
+    dim %= x.ndim
+    if src.ndim < x.ndim:
+        src = Labelled((*src.shape[:dim], 1, *src.shape[dim:]), move(src, [*range(dim), None, *range(dim, src.ndim)]))
+    fixed = [fix(op, t, (dim,), f"{op.name} writes at fixed positions of it") for t in (x, src)]
+    pairs = enumerate(zip(fixed[0].dims, fixed[1].dims, strict=True))
+    return tuple(op.couple(a, b) if d != dim and op.shape[d] > 1 and (a or b) else None for d, (a, b) in pairs)

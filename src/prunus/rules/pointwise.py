@@ -76,6 +76,7 @@ aten = torch.ops.aten
     aten.fill,
     aten.copy,
     aten._assert_async,
+    aten._linalg_check_errors,
 )
 def pointwise(op: Op, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
     """Every dim of the output stems from the same dim of each input that is not broadcast along it."""
