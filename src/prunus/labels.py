@@ -171,6 +171,7 @@ class Ledger:
         self.freezes: list[Freeze] = []
         self.rows_of: list[Rows] = []
         self.balances: list[Balance] = []
+        self.aligned: list[Balance] = []
         self.implications: list[Imply] = []
         self.requirements: list[Requirement] = []
         self.macs: list[MacTerm] = []
@@ -257,6 +258,11 @@ class Ledger:
         """The rows of ``fine`` (its last axis) must keep equal counts."""
         if fine.size > fine.shape[-1] > 1:
             self.balances.append(Balance(fine.reshape(-1, fine.shape[-1]), reason, self.step))
+
+    def align(self, fine: Ids, reason: str) -> None:
+        """The rows of ``fine`` share one numbering: part of a row goes only with the same part of every row."""
+        if fine.size > fine.shape[-1] > 1:
+            self.aligned.append(Balance(fine.reshape(-1, fine.shape[-1]), reason, self.step))
 
     def imply(self, cause: Ids, effect: Ids) -> None:
         """If ``cause[i]`` goes, ``effect[i]`` goes (any shapes that broadcast)."""

@@ -27,6 +27,7 @@ _PLAIN = frozenset({int, float, bool, type(None), str})
 _MAKES = frozenset(
     ["zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"]
 )
+_COUNTED = frozenset(["prunus.rules.contractions", "prunus.rules.recurrent"])  # cost something whatever flows in
 
 
 class Event(NamedTuple):
@@ -157,7 +158,8 @@ class Tracer(TorchDispatchMode):
             func.name(), "CompositeImplicitAutograd"
         )
         name = func.overloadpacket.__name__
-        entry = _Entry(name.rstrip("_") or name, rule, composite, func._schema.is_mutable, name in _MAKES)
+        makes = name in _MAKES or (rule is not None and rule.__module__ in _COUNTED)
+        entry = _Entry(name.rstrip("_") or name, rule, composite, func._schema.is_mutable, makes)
         self._entries[func] = entry
         return entry
 

@@ -91,6 +91,7 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
     partial = [_partial_takers(units, balance.ids) for balance in ledger.balances]
     draft = _lanes(ledger, units, kind, partial)
     _balance(ledger, units, draft, partial)
+    _pin_misaligned(ledger, units, draft)
     if ledger.requirements:
         _Constraints(ledger, units, draft, read).settle()
     families = []
@@ -148,6 +149,18 @@ def _partial_takers(units: Units, ids: Ids) -> _Partial:
         if partial.size:
             found.append((k, partial))
     return found
+
+
+def _pin_misaligned(ledger: Ledger, units: Units, draft: _Draft) -> None:
+    """Pin coarse units that take a part of a row, but not the same part of every row that is aligned with it."""
+    for item in ledger.aligned:
+        takers = [taker for _, found in _partial_takers(units, item.ids) for taker in found.tolist()]
+        pieces = units.pieces.of(item.ids) if takers else item.ids
+        for taker in dict.fromkeys(takers):
+            gone = np.isin(pieces, units.takes[int(units.fine_of(np.array(taker)))])
+            family = int(draft.family_of[draft.lane_of[taker]])
+            if family >= 0 and not (gone == gone[0]).all():
+                draft.pin(family, item.reason)
 
 
 def _balance(ledger: Ledger, units: Units, draft: _Draft, partial: list[_Partial]) -> None:

@@ -251,6 +251,7 @@ def _grouped(
         op.require_argument(groups, "groups", 6, x.ids)
         return None, made
     op.ledger.tie(np.broadcast_to(into.ids, ins.shape), ins)
+    op.ledger.align(ins, "all groups of a convolution share the numbering of their input channels")
     coarse = op.ledger.rows(ins)
     _outputs_of_groups(op, coarse, outs)
     op.require_argument(groups, "groups", 6, coarse)
@@ -282,6 +283,7 @@ def _grouped_transposed(
     ins = read.ids.reshape(groups, -1)
     if made is not None:
         op.ledger.tie(np.broadcast_to(made.ids, outs.shape), outs)
+        op.ledger.align(outs, "all groups of a convolution share the numbering of their output channels")
     if ins.shape[1] == 1 and outs.shape[1] == 1:
         op.ledger.tie(ins.reshape(-1), outs.reshape(-1))
         op.require_argument(groups, "groups", 6, read.ids)
