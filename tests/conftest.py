@@ -43,7 +43,7 @@ def state(model: nn.Module) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         for name, value in vars(module).items():
-            if isinstance(value, (int, float, str, tuple)) or (isinstance(value, list) and name != "_flat_weights"):
+            if isinstance(value, (int, float, str, tuple, list)) and not name.startswith("_flat_weight"):
                 found[f"{path}.{name}"] = copy.copy(value)
         for name, tensor in (*module._parameters.items(), *module._buffers.items()):
             if tensor is not None:

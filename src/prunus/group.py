@@ -107,9 +107,11 @@ def _nodes(trace: Trace) -> list[tuple[Node | None, bool]]:
     for held in trace.held:
         place = held.places[0]
         owner = trace.modules[place.module]
-        if place.module not in layers:
-            layers[place.module] = None if functions_for(owner) is None else Node(place.module, owner)
-        layer = layers[place.module]
+        path = place.layer
+        if path not in layers:
+            user = trace.modules[path]
+            layers[path] = None if functions_for(user) is None else Node(path, user)
+        layer = layers[path]
         bare = Node(place.full, getattr(owner, place.name)) if layer is None and place.kind == "parameter" else None
         found.append((layer or bare, layer is not None))
     return found

@@ -28,6 +28,22 @@ class Place(NamedTuple):
         """The dotted name in the model."""
         return f"{self.module}.{self.name}" if self.module else self.name
 
+    @property
+    def layer(self) -> str:
+        """The path of the layer that uses the tensor: for a parametrised weight the layer, not its parametrisation."""
+        return layer_of(self.module)
+
+
+def layer_of(path: str) -> str:
+    """The path of the layer that a parametrisation belongs to; any other module is its own.
+
+    Example:
+        >>> layer_of("conv.parametrizations.weight"), layer_of("conv")
+        ('conv', 'conv')
+    """
+    before, found, _ = f".{path}".partition(".parametrizations.")
+    return before[1:] if found else path
+
 
 class Held(NamedTuple):
     """A tensor that the model keeps, every place where it hangs, and the first atom of each of its dims (-1: none)."""
@@ -63,6 +79,11 @@ def held_tensors(modules: Modules) -> tuple[list[Held], dict[int, int]]:
     index: dict[int, int] = {}
     by_memory: dict[int, list[int]] = {}
     for path, module in modules:
+        if isinstance(module, torch.jit.ScriptModule) and next(module.parameters(), None) is not None:
+            raise InputError(
+                f"{path or 'the model'} is compiled by TorchScript, which hides its tensors: prune the Python module, "
+                "then script or trace it"
+            )
         kinds = (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", module.__dict__))
         for kind, fields in kinds:
             for name, tensor in fields.items():

@@ -205,6 +205,7 @@ class Ledger:
         self.freezes: list[Freeze] = []
         self.rows_of: list[Rows] = []
         self.balances: list[Balance] = []
+        self.aligned: list[Balance] = []
         self.implications: list[Imply] = []
         self.requirements: list[Requirement] = []
         self.whole_rows: list[Ids] = []  # rows tied to one thing: of each goes the same as of the others, or all
@@ -309,11 +310,16 @@ class Ledger:
         self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1), split=False))
 
     def balance(self, fine: Ids, reason: str) -> None:
-        """The rows of ``fine`` (its last axis) must keep equal counts; those of a single position go as a whole only."""
+        """The rows of ``fine`` (its last axis) must keep equal counts; those of one position go as a whole only."""
         if fine.size > fine.shape[-1] == 1:
             self.pin(fine, reason)
         elif fine.size > fine.shape[-1]:
             self.balances.append(Balance(fine.reshape(-1, fine.shape[-1]), reason, self.step))
+
+    def align(self, fine: Ids, reason: str) -> None:
+        """The rows of ``fine`` share one numbering: part of a row goes only with the same part of every row."""
+        if fine.size > fine.shape[-1] > 1:
+            self.aligned.append(Balance(fine.reshape(-1, fine.shape[-1]), reason, self.step))
 
     def imply(self, cause: Ids, effect: Ids) -> None:
         """If ``cause[i]`` goes, ``effect[i]`` goes (any shapes that broadcast)."""
@@ -361,7 +367,7 @@ class Ledger:
 
 
 def _runs(left: Ids, right: Ids, kinds: Ids) -> Ids:
-    """Rows ``(start, start, length, kind)`` of the maximal stretches in which both sides count up by one; none twice."""
+    """Rows ``(start, start, length, kind)`` of the longest stretches in which both sides count up by one; none twice."""
     breaks = np.flatnonzero((left[1:] - left[:-1] != 1) | (right[1:] - right[:-1] != 1)) + 1
     starts = np.concatenate(([0], breaks))
     lengths = np.diff(np.concatenate((starts, [left.size])))

@@ -271,8 +271,6 @@ def _untouchable(held: Held) -> str | None:
     """Why a tensor may not be cut at all, if so."""
     if not held.tensor.is_floating_point() and not held.tensor.is_complex():
         return f"{held.name} holds integers, which are read by position"
-    if "parametrizations" in held.places[0].module:
-        return f"{held.name} is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first"
     return None
 
 

@@ -8,7 +8,7 @@ everything, bit for bit, because the old tensors were never written to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,10 +17,14 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from prunus.errors import SurgeryError
+from prunus.held import layer_of
 from prunus.plan import Mirror, Plan, Removal
 from prunus.sizes import attribute_home
+from prunus.untouched import untouched
 
 
 @dataclass(frozen=True)
@@ -68,9 +72,10 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
         for change in changes:
             change.do()
             receipt.changes.append(change)
-        for change in _mirror_changes(model, plan):
-            change.do()
-            receipt.changes.append(change)
+        for follow in (_recomputed, _mirror_changes):
+            for change in follow(model, plan):
+                change.do()
+                receipt.changes.append(change)
     except BaseException as error:
         receipt.undo()
         if isinstance(error, Exception) and not isinstance(error, SurgeryError):
@@ -142,7 +147,7 @@ def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tenso
         raise SurgeryError(f"the model has no tensor {name}: the plan was made for another model") from error
     if not isinstance(tensor, torch.Tensor):
         raise SurgeryError(f"{name} is no tensor in this model: the plan was made for another model")
-    if parametrize.is_parametrized(module, key) or type(module).__name__ == "ParametrizationList":
+    if parametrize.is_parametrized(module, key):
         raise SurgeryError(f"{name} is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first")
     if tensor.is_quantized or tensor.layout != torch.strided:
         raise SurgeryError(f"{name} is quantised or sparse; prune the float model before you convert it")
@@ -229,21 +234,38 @@ def _swap_state(
     return [_swap_key(state, key, cut(value)) for key, value in fits.items()]
 
 
-def _mirror_changes(model: nn.Module, plan: Plan) -> list[Change]:
-    """Attributes that repeat a width of the (already cut) tensors."""
+def _cut_layers(model: nn.Module, plan: Plan) -> set[str]:
+    """The paths of the layers that use a tensor which was cut."""
     cut = {id(_attribute(model, removal.tensor)) for removal in plan.removals}
-    owners = {
-        path
+    return {
+        layer_of(path)
         for path, module in model.named_modules()
         if any(id(t) in cut for t in (*module._parameters.values(), *module._buffers.values()))
     }
-    owners |= {setting.path for setting in plan.settings}
+
+
+def _recomputed(model: nn.Module, plan: Plan) -> list[Change]:
+    """Weights that a hook computes before each forward, of the (already cut) tensors."""
+    changes = []
+    for path in sorted(_cut_layers(model, plan)):
+        module = model.get_submodule(path)
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (WeightNorm, SpectralNorm)):
+                iterate = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
+                with torch.no_grad():
+                    changes.append(_swap_key(module.__dict__, hook.name, hook.compute_weight(module, **iterate)))
+    return changes
+
+
+def _mirror_changes(model: nn.Module, plan: Plan) -> list[Change]:
+    """Attributes that repeat a width of the (already cut) tensors."""
+    owners = _cut_layers(model, plan) | {setting.path for setting in plan.settings}
     changes = [_mirror(model, mirror) for mirror in plan.mirrors]
     for path in sorted(owners):
         module = model.get_submodule(path)
-        if parametrize.is_parametrized(module):  # its weight is frozen, and reading it may compute and change it
-            continue
-        for key, value in mirrored(module).items():
+        with untouched(module) if parametrize.is_parametrized(module) else nullcontext():  # reading may compute
+            sizes = mirrored(module)
+        for key, value in sizes.items():
             if key in module.__dict__ and module.__dict__[key] != value:
                 changes.append(_swap_key(module.__dict__, key, value))
         parent, _, child = path.rpartition(".")

@@ -120,13 +120,16 @@ class _Runner:
         output_transform: Callable[[Any], Any] | None,
     ) -> None:
         self.model, self.inputs, self.forward_fn, self.output_transform = model, inputs, forward_fn, output_transform
+        self.buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
 
     def __call__(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        values = {k: v.clone() if k in self.buffers else v for k, v in values.items()}  # a run may write to them
         with untouched(self.model), torch.no_grad(), borrowed(self.model, values):
             output = call_model(self.model, self.inputs, self.forward_fn)
             if self.output_transform is not None:
                 output = self.output_transform(output)
-            return [t.clone() for t in tensors_in(output) if t.is_floating_point()]
+            found = (torch.view_as_real(t.resolve_conj()) if t.is_complex() else t for t in tensors_in(output))
+            return [t.clone() for t in found if t.is_floating_point()]
 
 
 def _disturbed(coupling: Coupling, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -134,10 +137,10 @@ def _disturbed(coupling: Coupling, generator: torch.Generator) -> dict[str, torc
     values = {}
     for held in coupling.trace.held:
         tensor = held.tensor.detach()
-        if not tensor.is_floating_point() or all(s < 0 for s in held.starts):
+        if not (tensor.is_floating_point() or tensor.is_complex()) or all(s < 0 for s in held.starts):
             continue
-        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).to(tensor)
-        values[held.name] = tensor * (1 + 0.1 * noise.clamp(-3, 3)) + 0.02 * noise * (tensor == 0)
+        noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).clamp(-3, 3).to(tensor)
+        values[held.name] = tensor * (1 + 0.1 * noise) + 0.02 * noise * (tensor == 0)
     return values
 
 
@@ -239,6 +242,8 @@ def _silence(graph: DependencyGraph, values: dict[str, torch.Tensor], run: _Runn
                 index = torch.from_numpy(places).to(values[held.name].device)
                 silent[held.name] = silent[held.name].index_fill(dim, index, 0)
     expected = run(silent)
+    if any(bool(t.isnan().any()) for t in expected):  # something divides by the length of what was silenced
+        return None
     with borrowed(graph.model, values):
         receipt = graph._prune(units, record_history=False)
         try:
@@ -259,5 +264,5 @@ def prunable_share(coupling: Coupling) -> float:
             total += prod(held.shape)
             fixed += prod(held.left(~free))
     if not total:
-        raise PrunusError("the model has no parameters")
+        raise PrunusError("the model has no float parameters; prune a model before it is quantised")
     return 1 - fixed / total

@@ -219,8 +219,8 @@ NETWORKS = [
             lambda s, x: s.q(s.p(x)), p=torch.nn.utils.parametrizations.weight_norm(nn.Linear(6, 8)), q=nn.Linear(8, 4)
         ),
         torch.randn(3, 6),
-        0,
-        0.0,
+        8,
+        0.96,
         id="weight_norm",
     ),
     pytest.param(
@@ -230,8 +230,8 @@ NETWORKS = [
             q=nn.Linear(8, 4),
         ),
         torch.randn(3, 6),
-        None,
-        None,
+        8,
+        0.957,
         id="spectral_norm",
     ),
 ]

@@ -116,7 +116,7 @@ GOLDEN = [
     pytest.param(
         lambda a, b: a.expand_as(b),
         [(1, 3), (4, 3)],
-        "b0, a1",
+        "b0, a1 ; b1=a1",
         id="expand_as",
     ),
     pytest.param(
@@ -207,7 +207,7 @@ GOLDEN = [
     pytest.param(
         lambda a, b: a.view_as(b),
         [(6,), (2, 3)],
-        "{a0[0:3]}{a0[3:6]}, (a0[0:3] / a0[3:6])@0 ; a0[0:3]~a0[3:6]",
+        "b0, (a0[0:3] / a0[0:3])@0 ; a0=a0[0:3]+a0[0:3] ; b1=a0[0:3] ; a0[0:3]~a0[0:3]",
         id="view_as",
     ),
     pytest.param(

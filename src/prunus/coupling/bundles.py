@@ -96,6 +96,7 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
     draft = _lanes(ledger, units, kind, partial)
     _balance(ledger, units, draft, partial)
     _pin_overlapping(units, draft)
+    _pin_misaligned(ledger, units, draft)
     if ledger.requirements or ledger.limits:
         constraints = _Constraints(ledger, units, draft, read)
         constraints.settle()
@@ -174,6 +175,18 @@ def _partial_takers(units: Units, ids: Ids) -> _Partial:
         if partial:
             found.append((k, np.array([*partial]), np.array([*partial.values()])))
     return found
+
+
+def _pin_misaligned(ledger: Ledger, units: Units, draft: _Draft) -> None:
+    """Pin coarse units that take a part of a row, but not the same part of every row that is aligned with it."""
+    for item in ledger.aligned:
+        takers = [taker for _, found, _ in _partial_takers(units, item.ids) for taker in found.tolist()]
+        pieces = units.pieces.of(item.ids) if takers else item.ids
+        for taker in dict.fromkeys(takers):
+            gone = np.isin(pieces, units.takes[int(units.fine_of(np.array(taker)))])
+            family = int(draft.family_of[draft.lane_of[taker]])
+            if family >= 0 and not (gone == gone[0]).all():
+                draft.pin(family, item.reason)
 
 
 def _balance(ledger: Ledger, units: Units, draft: _Draft, partial: list[_Partial]) -> None:
@@ -258,7 +271,7 @@ class _Constraints:
                 self.using.setdefault(leaf, []).append(k)
 
     def content(self, ids: Ids) -> dict[int, int]:
-        """How many positions of a row go with each lane (a coarse unit that takes one of several rows does not count)."""
+        """How many positions of a row go with each lane (without coarse units that take one of several rows)."""
         cached = self._contents.get(id(ids))
         if cached is not None:
             return cached[1]

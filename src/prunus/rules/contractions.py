@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from prunus.labels import Dims, Label, Labelled
-from prunus.rules.joins import take, without_context
+from prunus.labels import Dims, Ids, Label, Labelled
+from prunus.rules.joins import fix, take, without_context
 from prunus.rules.table import Op, rule
 
 aten = torch.ops.aten
@@ -54,7 +54,9 @@ def products(letters: Sequence[Sequence[int]], out: Sequence[int]) -> list[set[i
     return found
 
 
-def contract(op: Op, operands: Sequence[Labelled], letters: Sequence[Sequence[int]], out: Sequence[int]) -> Dims:
+def contract(
+    op: Op, operands: Sequence[Labelled], letters: Sequence[Sequence[int]], out: Sequence[int], *, counted: bool = True
+) -> Dims:
     """An einsum: dim ``d`` of ``operands[k]`` is called ``letters[k][d]``; the output's dims are called ``out``."""
     found: dict[int, Label | None] = {}
     size: dict[int, int] = {}
@@ -67,7 +69,7 @@ def contract(op: Op, operands: Sequence[Labelled], letters: Sequence[Sequence[in
             found[name] = op.couple(found[name], label) if name in found else label
             size[name] = n
             (op.hands_on if name in out else op.reads)(own)
-    for product in products(letters, out):
+    for product in products(letters, out) if counted else ():
         op.count(*[(size[name], found.get(name)) for name in product])
     summed = {name: found.get(name) is None for name in size if name not in out}
     where = {name: k for k, name in enumerate(out)}
@@ -83,7 +85,7 @@ def _passing(op: Op, label: Label, summed: dict[int, bool], where: dict[int, int
     return label.rename(where)
 
 
-def _plus(op: Op, bias: Labelled, dims: Dims) -> Dims:
+def plus(op: Op, bias: Labelled, dims: Dims) -> Dims:
     """``dims`` after adding a tensor that broadcasts to them."""
     offset = len(dims) - bias.ndim
     out = list(dims)
@@ -110,8 +112,8 @@ def matmul(op: Op, a: Labelled, b: Labelled, *args: Any) -> Dims:
 def addmm(op: Op, bias: Labelled, a: Labelled, b: Labelled, **kwargs: Any) -> Dims:
     """A matrix product plus a tensor that broadcasts."""
     if op.name == "addbmm":
-        return _plus(op, bias, contract(op, [a, b], [[0, 1, 2], [0, 2, 3]], [1, 3]))
-    return _plus(op, bias, matmul(op, a, b))
+        return plus(op, bias, contract(op, [a, b], [[0, 1, 2], [0, 2, 3]], [1, 3]))
+    return plus(op, bias, matmul(op, a, b))
 
 
 @rule(aten.einsum)
@@ -166,7 +168,7 @@ def attention(op: Op, q: Labelled, k: Labelled, v: Labelled, *args: Any, **kwarg
         op.averages(q.dims[-1])
     weights = Labelled((*np.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2]), scores)
     for mask in op.inputs[3:]:
-        weights = Labelled(weights.shape, _plus(op, mask, weights.dims))
+        weights = Labelled(weights.shape, plus(op, mask, weights.dims))
     out = contract(op, [weights, v], [[*lead, 100, 101], [*lead, 101, 103]], [*lead, 100, 103])
     if len(op.shapes) == 1:
         return out
@@ -199,6 +201,19 @@ def conv_transpose(
 ) -> Dims:  # fmt: skip
     """A transposed convolution: the weight's first dim is read, its second is made."""
     return convolution(op, x, weight, bias, stride, padding, dilation, True, output_padding, groups)
+
+
+@rule(aten.conv_tbc)
+def conv_tbc(op: Op, x: Labelled, weight: Labelled, bias: Labelled, pad: int = 0) -> Dims:
+    """``t b i, k i o, o -> t b o``: a convolution along the first dim."""
+    op.freeze(weight.dims[:1], "it is a kernel size")
+    x = fix(op, x, (0,), f"{op.name} slides over it")
+    read = op.couple(x.dims[2], weight.dims[1]) if x.shape[2] > 1 else None
+    made = op.couple(weight.dims[2], bias.dims[0]) if weight.shape[2] > 1 else None
+    op.reads(weight.dims[1])
+    op.hands_on(weight.dims[2])
+    op.count(op.shape[0] * op.shape[1] * weight.shape[0], (weight.shape[1], read), (weight.shape[2], made))
+    return (None, x.dims[1], made)
 
 
 @rule(aten.convolution, aten._convolution)
@@ -254,11 +269,20 @@ def _grouped(
         op.require_argument(groups, "groups", 6, x.ids)
         return None, made
     op.ledger.tie(np.broadcast_to(into.ids, ins.shape), ins)
+    op.ledger.align(ins, "all groups of a convolution share the numbering of their input channels")
     coarse = op.ledger.rows(ins)
-    op.ledger.belong(coarse, outs)
-    op.ledger.balance(outs, "groups of a convolution are equally wide")
+    _outputs_of_groups(op, coarse, outs)
     op.require_argument(groups, "groups", 6, coarse)
     return into, made
+
+
+def _outputs_of_groups(op: Op, coarse: Ids, outs: Ids) -> None:
+    """What a group makes goes with it; a single output cannot go without its group."""
+    if outs.shape[1] == 1:
+        op.ledger.tie(coarse, outs.reshape(-1))
+        return
+    op.ledger.belong(coarse, outs)
+    op.ledger.balance(outs, "groups of a convolution are equally wide")
 
 
 def _grouped_transposed(
@@ -277,14 +301,30 @@ def _grouped_transposed(
     ins = read.ids.reshape(groups, -1)
     if made is not None:
         op.ledger.tie(np.broadcast_to(made.ids, outs.shape), outs)
+        op.ledger.align(outs, "all groups of a convolution share the numbering of their output channels")
     if ins.shape[1] == 1 and outs.shape[1] == 1:
         op.ledger.tie(ins.reshape(-1), outs.reshape(-1))
         op.require_argument(groups, "groups", 6, read.ids)
         return read, None, out
     coarse = op.ledger.rows(ins) if ins.shape[1] > 1 else ins.reshape(-1)
-    op.ledger.belong(coarse, outs)
     if ins.shape[1] > 1:
         op.ledger.balance(ins, "groups of a convolution are equally wide")
-    op.ledger.balance(outs, "groups of a convolution are equally wide")
+    _outputs_of_groups(op, coarse, outs)
     op.require_argument(groups, "groups", 6, coarse)
     return read, made, out
+
+
+@rule("torchvision::deform_conv2d")
+def deform_conv2d(
+    op: Op, x: Labelled, weight: Labelled, offset: Labelled, mask: Labelled, bias: Labelled, *args: int
+) -> Dims:
+    """A convolution that reads each place of its kernel at an offset; channels of one offset group share it."""
+    groups, offset_groups = args[6], args[7]
+    for t in (offset, mask):
+        op.freeze(t.dims, f"{op.name} reads offsets and weights of every place of its kernel there")
+    label = x.dims[1]
+    if label is not None and offset_groups > 1:
+        rows = label.ids.reshape(*label.ids.shape[:-1], offset_groups, -1)
+        op.ledger.balance(rows, "channels that share offsets are equally many")
+        op.ledger.freeze(op.ledger.rows(rows), "the number of its offset groups is fixed")
+    return convolution(op, x, weight, bias, 1, 0, 1, False, 0, groups)

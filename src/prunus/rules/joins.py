@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,11 +63,16 @@ def unbind(op: Op, x: Labelled, dim: int = 0) -> list[Dims | None]:
 
 
 @rule(aten.slice, aten.narrow)
-def slice_(op: Op, x: Labelled, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Dims:
+def slice_(
+    op: Op, x: Labelled, dim: int = 0, start: int | Labelled | None = None, end: int | None = None, step: int = 1
+) -> Dims:
     """A stretch of a dim; the bounds must move with the dim."""
     dim %= x.ndim
     size = x.shape[dim]
-    if op.name == "narrow":
+    if isinstance(start, Labelled):
+        op.freeze([*x.dims, *start.dims], f"{op.name} begins at a computed position")
+        return tuple(None for _ in x.dims)
+    if op.name.startswith("narrow"):
         start, end = start or 0, (start or 0) + (end or 0)
     first, last, step = slice(start, end, step).indices(size)
     label = x.dims[dim]
@@ -98,21 +103,24 @@ def _require_bounds(op: Op, label: Label, first: int, last: int, bounds: tuple[A
 
 
 @rule(aten.split, aten.split_with_sizes, aten.tensor_split, aten.unsafe_split, aten.unsafe_split_with_sizes)
-def split(op: Op, x: Labelled, sizes: int | Sequence[int], dim: int = 0) -> list[Dims | None]:
+def split(op: Op, x: Labelled, sizes: int | Sequence[int] | Labelled, dim: int = 0) -> list[Dims | None]:
     """Parts of sizes that the code names."""
     dim %= x.ndim
     ends = np.cumsum([s[dim] for s in op.shapes])
     parts = [slice(int(e) - s[dim], int(e)) for e, s in zip(ends, op.shapes, strict=True)]
     label = x.dims[dim]
-    if label is None:
+    if label is not None and len(parts) > 1:
+        _require_parts(op, label, parts, sizes)
+    elif label is None and not isinstance(sizes, Labelled):
         for asked in op.call.sizes([sizes] if isinstance(sizes, int) else list(sizes)) or ():
             op.require_same(asked)
-    elif len(parts) > 1:
-        _require_parts(op, label, parts, sizes)
     return [take(x, dim, part) for part in parts]
 
 
-def _require_parts(op: Op, label: Label, parts: list[slice], sizes: int | Sequence[int]) -> None:
+def _require_parts(op: Op, label: Label, parts: list[slice], sizes: int | Sequence[int] | Labelled) -> None:
+    if isinstance(sizes, Labelled):
+        op.freeze([label], f"{op.name} cuts it at computed positions")
+        return
     single = isinstance(sizes, int)
     asked = op.call.sizes([sizes] if isinstance(sizes, int) else list(sizes))
     equal = len({p.stop - p.start for p in parts}) == 1
@@ -141,7 +149,7 @@ def chunk(op: Op, x: Labelled, chunks: int, dim: int = 0) -> list[Dims | None]:
     label = x.dims[dim]
     sizes = [s[dim] for s in op.shapes]
     if label is not None and len(sizes) > 1:
-        if len(set(sizes)) == 1:
+        if len(set(sizes)) == 1 and len(sizes) == chunks:
             _balance_parts(op, label, len(sizes))
         else:
             op.freeze([label], f"{op.name} cuts it into unequal parts")
@@ -184,6 +192,18 @@ def without_context(op: Op, x: Labelled, dim: int) -> Dims:
         return Label(one, tuple(c for c in label.context if c != dim))
 
     return tuple(merge(label) for label in x.dims)
+
+
+def fix(op: Op, x: Labelled, dims: Iterable[int], reason: str) -> Labelled:
+    """``x`` with ``dims`` frozen and without labels there; labels that depended on them are tied along them."""
+    if not x.labelled:
+        return x
+    for d in dims:
+        op.freeze([x.dims[d]], reason)
+        kept = list(without_context(op, x, d % x.ndim))
+        kept[d] = None
+        x = Labelled(x.shape, tuple(kept), x.source)
+    return x
 
 
 def _concatenated(op: Op, parts: Sequence[Labelled], dim: int) -> Label:
@@ -334,3 +354,14 @@ def repeat_interleave(
     dim %= x.ndim
     op.require_same(op.call.argument(repeats, "repeats", 1))
     return take(x, dim, np.repeat(np.arange(x.shape[dim]), repeats))
+
+
+@rule(aten.select_scatter, aten.slice_scatter)
+def scatter_view(op: Op, x: Labelled, src: Labelled, dim: int = 0, *args: Any, **kwargs: Any) -> Dims:
+    """One position or a stretch of ``dim`` overwritten: ``dim`` stays, the other dims line up."""
+    dim %= x.ndim
+    if src.ndim < x.ndim:
+        src = Labelled((*src.shape[:dim], 1, *src.shape[dim:]), move(src, [*range(dim), None, *range(dim, src.ndim)]))
+    fixed = [fix(op, t, (dim,), f"{op.name} writes at fixed positions of it") for t in (x, src)]
+    pairs = enumerate(zip(fixed[0].dims, fixed[1].dims, strict=True))
+    return tuple(op.couple(a, b) if d != dim and op.shape[d] > 1 and (a or b) else None for d, (a, b) in pairs)

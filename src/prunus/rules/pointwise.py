@@ -53,6 +53,31 @@ aten = torch.ops.aten
     aten.masked_fill,
     aten.floor_divide,
     aten.fake_quantize_per_tensor_affine,
+    aten.fake_quantize_per_tensor_affine_cachemask,
+    aten._fake_quantize_per_tensor_affine_cachemask_tensor_qparams,
+    aten._conj,
+    aten._conj_physical,
+    aten._neg_view,
+    aten.resolve_conj,
+    aten.resolve_neg,
+    aten.complex,
+    aten.polar,
+    aten.log_sigmoid_forward,
+    aten.normal.Tensor_float,
+    aten.normal.Tensor_Tensor,
+    aten.normal.float_Tensor,
+    aten.exponential,
+    aten.exponential_,
+    aten.cauchy_,
+    aten.geometric_,
+    aten.log_normal_,
+    aten.random_,
+    aten.randint_like,
+    aten.floor_divide,
+    aten.fill,
+    aten.copy,
+    aten._assert_async,
+    aten._linalg_check_errors,
 )
 def pointwise(op: Op, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
     """Every dim of the output stems from the same dim of each input that is not broadcast along it."""
@@ -111,3 +136,15 @@ def _combine_dim(op: Op, size: int, parts: list[tuple[Labelled, int]]) -> Label 
     if blank and found is not None:
         op.ledger.freeze(found.ids, f"{op.name} combines it with a dimension of fixed size")
     return found
+
+
+@rule(aten.fake_quantize_per_channel_affine, aten.fake_quantize_per_channel_affine_cachemask)
+def quantize_channels(
+    op: Op, x: Labelled, scale: Labelled, zero_point: Labelled, axis: int, *args: Any
+) -> Dims | list[Dims | None]:
+    """Each channel has a scale and a zero point of its own."""
+    label = x.dims[axis]
+    for vector in (scale, zero_point):
+        label = op.couple(label, vector.dims[0]) if vector.shape[0] > 1 else label
+    dims = (*x.dims[:axis], label, *x.dims[axis:][1:])
+    return dims if len(op.shapes) == 1 else [dims, dims]

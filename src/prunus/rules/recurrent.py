@@ -75,6 +75,7 @@ def _stack(
     directions = 2 if bidirectional else 1
     each = len(params) // (layers * directions)
     steps = int(np.prod(x.shape[:-1]))
+    op.freeze(x.dims[:-1], f"{op.name} counts steps or sequences along it")
     signal = x.dims[-1]
     made: list[_Direction] = []
     for layer in range(layers):
@@ -127,17 +128,24 @@ def _join(op: Op, labels: Sequence[Label | None]) -> Label | None:
 
 
 def _keep_equal(op: Op, labels: Sequence[Label | None], state: Labelled) -> None:
-    """The initial state is one tensor for all layers: tied to each, or only as wide if all its values are equal."""
-    known = [label for label in labels if label is not None]
-    if not known:
+    """The initial state has one width for all layers: each part is tied to its layer, or only as wide if uniform."""
+    op.freeze(state.dims[:-1], "it counts layers, directions or sequences of an initial state")
+    if any(label is None for label in labels):
         return
+    known = [label for label in labels if label is not None]
     op.ledger.balance(np.stack([label.ids for label in known]), "the layers of a recurrent module have one hidden size")
     start = state.dims[-1]
-    for label in known:
-        if start is not None and id(start.ids) in op.ledger.uniform:
+    if start is not None and id(start.ids) in op.ledger.uniform:
+        for label in known:
             op.ledger.balance(np.stack([start.ids, label.ids]), "the initial state is as wide as the hidden one")
-        else:
-            op.couple(label, Label(start.row) if start is not None else None, "the initial state has a fixed size")
+        return
+    if start is None:
+        op.freeze(known, "the initial state has a fixed size")
+        return
+    parts = start.over(range(state.ndim - 1))  # one for each layer, or one for all
+    for k, label in enumerate(known):
+        part = parts[k % len(parts)]
+        op.ledger.tie(np.broadcast_to(label.ids, part.shape), part)
 
 
 def _final(labels: Sequence[Label | None], ndim: int) -> Dims:

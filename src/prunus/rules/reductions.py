@@ -9,7 +9,7 @@ import torch
 
 from prunus.labels import Dims, Label, Labelled, Numbered
 from prunus.rules.joins import without_context
-from prunus.rules.pointwise import pointwise
+from prunus.rules.pointwise import combine, pointwise
 from prunus.rules.table import Op, rule
 from prunus.rules.views import move
 
@@ -34,6 +34,8 @@ aten = torch.ops.aten
     aten.all,
     aten.any,
     aten.aminmax,
+    aten.nansum,
+    aten.count_nonzero,
 )
 def reduce(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
     """The reduced dims are dropped; labels that depend on them are tied along them."""
@@ -121,3 +123,45 @@ def kept_dims(x: Labelled, shape: Sequence[int], dims: Sequence[int]) -> Dims:
     labels: Dims = move(x, [d for d in range(x.ndim) if d not in dims])
     blank: list[Label | None] = [None] * len(shape)
     return labels if len(labels) == len(shape) else tuple(blank)
+
+
+@rule(
+    aten.binary_cross_entropy,
+    aten.binary_cross_entropy_with_logits,
+    aten.huber_loss,
+    aten.mse_loss,
+    aten.smooth_l1_loss,
+    aten.soft_margin_loss,
+)
+def loss(op: Op, *args: Any, **kwargs: Any) -> Dims:
+    """A loss of each position, or one number: their mean or sum."""
+    if op.shape:
+        return combine(op, op.inputs, op.shape)
+    shape = torch.broadcast_shapes(*(t.shape for t in op.inputs))
+    lined_up = Labelled(tuple(shape), combine(op, op.inputs, tuple(shape)))
+    for d in range(len(shape)):
+        op.averages(lined_up.dims[d])
+        lined_up = Labelled(lined_up.shape, without_context(op, lined_up, d))
+    return ()
+
+
+@rule(
+    aten._ctc_loss,
+    aten.multi_margin_loss,
+    aten.multilabel_margin_loss_forward,
+    aten.nll_loss2d_forward,
+    aten.nll_loss_forward,
+)
+def loss_of_classes(op: Op, *args: Any, **kwargs: Any) -> list[Dims | None]:
+    """A loss that reads classes by number."""
+    for tensor in op.inputs:
+        op.freeze(tensor.dims, f"{op.name} reads classes by number")
+    return [(None,) * len(shape) for shape in op.shapes]
+
+
+@rule(aten.histc, aten.histogram, aten.bincount, aten.multinomial, aten.allclose, "aten::hash_tensor")
+def counting(op: Op, *args: Any, **kwargs: Any) -> list[Dims | None]:
+    """Counts or picks among all positions."""
+    for tensor in op.inputs:
+        op.freeze(tensor.dims, f"{op.name} counts its positions")
+    return [(None,) * len(shape) for shape in op.shapes]

@@ -8,12 +8,15 @@ from typing import Any
 import torch
 
 from prunus.labels import Dims, Labelled
+from prunus.rules.joins import fix
 from prunus.rules.table import Op, rule
 
 aten = torch.ops.aten
 
 _FAMILIES = (
     "max_pool{n}d",
+    "fractional_max_pool{n}d",
+    "max_unpool{n}d",
     "max_pool{n}d_with_indices",
     "avg_pool{n}d",
     "adaptive_avg_pool{n}d",
@@ -36,6 +39,20 @@ def spatial(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims 
     """Each channel is resampled by itself; a labelled spatial dim has to stay."""
     found = re.search(r"(\d)d", op.name)
     lead = x.ndim - (int(found.group(1)) if found else 2)
-    op.freeze(x.dims[lead:], f"{op.name} works over it")
+    reason = f"{op.name} works over it"
+    for places in op.inputs[1:]:  # of maxima, or where to look for them
+        x = _lined_up(op, x, places, lead)
+    x = fix(op, x, range(lead, x.ndim), reason)
     dims = (*x.dims[:lead], *[None] * (len(op.shape) - lead))
     return dims if len(op.shapes) == 1 else [dims for _ in op.shapes]
+
+
+def _lined_up(op: Op, x: Labelled, other: Labelled, lead: int) -> Labelled:
+    """``x`` after tying the dims before the spatial ones to those of a tensor that says something of each position."""
+    dims = list(x.dims)
+    for d, label in enumerate(other.dims):
+        if d < lead and other.shape[d] == x.shape[d]:
+            dims[d] = op.couple(dims[d], label) if dims[d] or label else None
+        else:
+            op.freeze([label], f"{op.name} reads it by position")
+    return Labelled(x.shape, tuple(dims))

@@ -18,7 +18,9 @@ an entry is decomposed and traced again; any other op without an entry freezes w
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Sequence
+from types import FrameType
 from typing import Any, Protocol, TypeAlias, TypeVar
 
 import numpy as np
@@ -31,7 +33,7 @@ Result: TypeAlias = "Dims | list[Dims | None] | None"
 Rule: TypeAlias = Callable[..., Result]
 F = TypeVar("F", bound=Rule)
 
-_TABLE: dict[OpOverload | OpOverloadPacket, Rule] = {}
+_TABLE: dict[OpOverload | OpOverloadPacket | str, Rule] = {}
 
 NEEDS_DTYPES = frozenset(["index", "index_put", "_grouped_mm"])
 """Ops that mean something else for masks than for numbers, or whose widths are limited by the size of an element."""
@@ -141,6 +143,15 @@ class Op:
         if asked is not None:
             self.require(asked, ids)
 
+    def require_attribute(self, name: str, size: int, ids: Ids) -> None:
+        """The module that called the op keeps ``name`` for users to read: it follows the dim, if it equals its size."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and not isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            frame = frame.f_back
+        asked = vars(frame.f_locals["self"]).get(name) if frame is not None else None
+        if isinstance(asked, int) and type(asked) is not int and int(asked) == size:
+            self.require(asked, ids)
+
     def hands_on(self, label: Label | None) -> None:
         """The dim of a weight is the op's output: its layer produces it."""
         if label is not None:
@@ -168,8 +179,10 @@ class Op:
         self.ledger.count_macs(factor, rows)
 
 
-def rule(*ops: OpOverload | OpOverloadPacket) -> Callable[[F], F]:
-    """Register the decorated function as the rule of ``ops`` (an overload, or a packet for all its overloads).
+def rule(*ops: OpOverload | OpOverloadPacket | str) -> Callable[[F], F]:
+    """Register the decorated function as the rule of ``ops``: an overload, or a packet for all its overloads.
+
+    Ops of a library that may not be there are given by name, such as ``"torchvision::nms"``.
 
     Raises:
         ValueError: if one of the ops has a rule already.
@@ -200,19 +213,20 @@ def lookup(op: OpOverload) -> Rule | None:
     """The rule of an op: its own, its packet's, the pointwise rule if PyTorch tags it so, or that of its base form."""
     if op in _lookup_cache:
         return _lookup_cache[op]
-    found = _TABLE.get(op) or _TABLE.get(op.overloadpacket)
+    found = _TABLE.get(op) or _TABLE.get(op.overloadpacket) or _TABLE.get(op._schema.name)
     if found is None and torch.Tag.pointwise in op.tags:
         found = _TABLE[torch.ops.aten.clone]
-    if found is None and op.overloadpacket.__name__.endswith("_"):
-        found = _base_rule(op)
+    for suffix in ("_", "_copy"):
+        if found is None and op.overloadpacket.__name__.endswith(suffix):
+            found = _base_rule(op, suffix)
     _lookup_cache[op] = found
     return found
 
 
-def _base_rule(op: OpOverload) -> Rule | None:
-    """The rule of ``relu`` for ``relu_``."""
+def _base_rule(op: OpOverload, suffix: str) -> Rule | None:
+    """The rule of ``relu`` for ``relu_``, and of ``view`` for ``view_copy``."""
     namespace = getattr(torch.ops, op.namespace)
-    packet = getattr(namespace, op.overloadpacket.__name__[:-1], None)
+    packet = getattr(namespace, op.overloadpacket.__name__.removesuffix(suffix), None)
     if packet is None:
         return None
     overload = getattr(packet, op._overloadname, None) or getattr(packet, packet.overloads()[0])

@@ -92,7 +92,7 @@ def expand(op: Op, x: Labelled, size: Sequence[int] | Labelled, *, implicit: boo
         for k in grown:
             model = size.dims[k]
             dims[k] = _repeated(op, model) if model is not None else None
-        return tuple(dims)
+        return as_wide_as(op, tuple(dims), size, skip=grown)
     labels = sized(op, shape, dims, grown)
     op.ledger.uniform.update(id(d.ids) for k in grown if (d := labels[k]) is not None)
     return labels
@@ -105,6 +105,15 @@ def _repeated(op: Op, model: Label) -> Label:
     op.ledger.tie(ids, model.ids)
     op.ledger.uniform.add(id(ids))
     return Label(ids, model.context)
+
+
+def as_wide_as(op: Op, dims: Dims, model: Labelled, skip: Sequence[int] = ()) -> Dims:
+    """``dims``, which follow the sizes of another tensor: what lines up shrinks together, the rest stays."""
+    reason = f"{op.name} gives another tensor its size"
+    found = (
+        op.couple(a, b, reason) if k not in skip else a for k, (a, b) in enumerate(zip(dims, model.dims, strict=True))
+    )
+    return tuple(found)
 
 
 def sized(op: Op, shape: Sequence[int], dims: Sequence[Label | None], new: Sequence[int]) -> Dims:
@@ -127,8 +136,9 @@ def view(op: Op, x: Labelled, size: Sequence[int] | Labelled | torch.dtype, *arg
         op.freeze(x.dims, "its memory is viewed as another dtype")
         return None
     dims = reshape(op, x, op.shape)
-    if not isinstance(size, Labelled):
-        op.require_sizes(size, dims)
+    if isinstance(size, Labelled):
+        return as_wide_as(op, dims, size)
+    op.require_sizes(size, dims)
     return dims
 
 
@@ -177,7 +187,10 @@ def blocks(before: Sequence[int], after: Sequence[int]) -> list[Block]:
 def reshape(op: Op, x: Labelled, shape: Sequence[int]) -> Dims:
     """The labels of ``x`` viewed as ``shape``."""
     out: list[Label | None] = [None] * len(shape)
-    if not x.labelled or 0 in x.shape:
+    if not x.labelled:
+        return tuple(out)
+    if 0 in x.shape:
+        op.freeze(x.dims, "it is a size of an empty tensor")
         return tuple(out)
     parts = blocks(x.shape, shape)
     home = {d: b for b in parts for d in b.ins}

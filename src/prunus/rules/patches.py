@@ -1,0 +1,138 @@
+"""Patches and neighbourhoods: positions of space move into channels and back, or are read at computed places."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import prod
+from typing import Any
+
+import numpy as np
+import torch
+
+from prunus.labels import Dims, Label, Labelled
+from prunus.rules.joins import fix, take
+from prunus.rules.table import Op, rule
+from prunus.rules.views import move, reshape
+
+aten = torch.ops.aten
+
+
+@rule(aten.pixel_unshuffle)
+def pixel_unshuffle(op: Op, x: Labelled, downscale_factor: int) -> Dims:
+    """Each input channel makes a run of ``downscale_factor ** 2`` output channels."""
+    x = fix(op, x, (-2, -1), f"{op.name} moves it into channels")
+    return take(x, x.ndim - 3, np.repeat(np.arange(x.shape[-3]), downscale_factor**2))
+
+
+@rule(aten.im2col)
+def im2col(op: Op, x: Labelled, kernel_size: Sequence[int], *args: Any) -> Dims:
+    """``(N, C, H, W) -> (N, C * kernel, L)``: each channel makes one output channel for each place of the kernel."""
+    x = fix(op, x, (-2, -1), f"{op.name} slides over it")
+    return (*take(x, x.ndim - 3, np.repeat(np.arange(x.shape[-3]), prod(kernel_size)))[:-2], None)
+
+
+@rule(aten.col2im)
+def col2im(op: Op, x: Labelled, output_size: Sequence[int], kernel_size: Sequence[int], *args: Any) -> Dims:
+    """``(N, C * kernel, L) -> (N, C, H, W)``: the channels of one kernel live together."""
+    x = fix(op, x, (-1,), f"{op.name} slides over it")
+    return (*x.dims[:-2], runs(op, x.dims[-2], prod(kernel_size)), None, None)
+
+
+def runs(op: Op, label: Label | None, length: int) -> Label | None:
+    """The label of a dim of which each position was made of a run of ``length``: the run lives together."""
+    if label is None:
+        return None
+    rows = label.ids.reshape(*label.ids.shape[:-1], -1, length)
+    op.ledger.tie(rows[..., :-1], rows[..., 1:])
+    return Label(rows[..., 0], label.context) if rows.shape[-2] > 1 else None
+
+
+@rule(aten.unfold)
+def unfold(op: Op, x: Labelled, dimension: int, size: int, step: int) -> Dims:
+    """Windows of a dim, side by side: the windows' positions are a new last dim."""
+    return (*fix(op, x, (dimension,) if x.ndim else (), f"{op.name} slides over it").dims, None)
+
+
+@rule(aten.as_strided, aten.as_strided_scatter)
+def as_strided(op: Op, x: Labelled, *args: Any) -> Dims:
+    """Memory read by addresses: nothing may move."""
+    for tensor in op.inputs:
+        op.freeze(tensor.dims, f"{op.name} reads its memory by address")
+    return (None,) * len(op.shape)
+
+
+@rule(aten.resize, aten.resize_, aten.resize_as_, aten.set_)
+def resize(op: Op, x: Labelled, *args: Any) -> Dims:
+    """The memory seen with other sizes."""
+    for tensor in op.inputs:
+        op.freeze(tensor.dims, f"{op.name} lays its memory out anew")
+    return (None,) * len(op.shape)
+
+
+@rule(aten.rot90)
+def rot90(op: Op, x: Labelled, k: int = 1, dims: Sequence[int] = (0, 1)) -> Dims:
+    """Two dims turned: both stay."""
+    a, b = (d % x.ndim for d in dims)
+    x = fix(op, x, (a, b), f"{op.name} turns it")
+    order: list[int | None] = list(range(x.ndim))
+    if k % 2:
+        order[a], order[b] = b, a
+    return move(x, order)
+
+
+@rule(aten.channel_shuffle, aten.native_channel_shuffle)
+def channel_shuffle(op: Op, x: Labelled, groups: int) -> Dims:
+    """Channels in ``groups`` rows, read by columns."""
+    split = (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:])
+    rows = Labelled(split, reshape(op, x, split))
+    if rows.dims[1] is not None:
+        op.require_argument(groups, "groups", 1, rows.dims[1].ids)
+    order = [0, 2, 1, *range(3, len(split))]
+    turned = Labelled(tuple(split[d] for d in order), move(rows, order))
+    return reshape(op, turned, x.shape)
+
+
+@rule(aten.grid_sampler, aten.grid_sampler_2d, aten.grid_sampler_3d, aten.cudnn_grid_sampler)
+def grid_sampler(op: Op, x: Labelled, grid: Labelled, *args: Any) -> Dims:
+    """``(N, C, *space), (N, *places, coordinates) -> (N, C, *places)``: channels pass."""
+    x = fix(op, x, range(2, x.ndim), f"{op.name} reads it by coordinates")
+    grid = fix(op, grid, (grid.ndim - 1,), "it holds coordinates")
+    batch = op.couple(x.dims[0], grid.dims[0]) if x.dims[0] or grid.dims[0] else None
+    where = {0: 0, **{d: d + 1 for d in range(1, grid.ndim - 1)}}
+    places = [d.rename(where) if d is not None else None for d in grid.dims[1:-1]]
+    return (batch, x.dims[1], *places)
+
+
+@rule(aten.affine_grid_generator)
+def affine_grid(op: Op, theta: Labelled, *args: Any) -> Dims:
+    """A grid of coordinates from matrices; the batch passes."""
+    theta = fix(op, theta, (1, 2), f"{op.name} reads it by position")
+    return (theta.dims[0], *[None] * (len(op.shape) - 1))
+
+
+@rule("torchvision::nms")
+def nms(op: Op, *args: Any) -> Dims:
+    """Boxes chosen by value: their number is computed."""
+    for tensor in op.inputs:
+        op.freeze(tensor.dims, f"{op.name} compares its positions")
+    return (None,)
+
+
+@rule("torchvision::roi_align", "torchvision::roi_pool")
+def roi_align(op: Op, x: Labelled, rois: Labelled, *args: Any) -> Dims | list[Dims | None]:
+    """``(N, C, H, W), (K, 5) -> (K, C, h, w)``: channels pass."""
+    dims = (rois.dims[0], _read_by_boxes(op, x, rois), None, None)
+    return dims if len(op.shapes) == 1 else [dims, dims]
+
+
+@rule("torchvision::ps_roi_align", "torchvision::ps_roi_pool")
+def position_sensitive(op: Op, x: Labelled, rois: Labelled, *args: Any) -> list[Dims | None]:
+    """``(N, C * h * w, H, W), (K, 5) -> (K, C, h, w)``: each place of a box reads channels of its own."""
+    channels = runs(op, _read_by_boxes(op, x, rois), prod(op.shape[2:]))
+    dims = (rois.dims[0], channels, None, None)
+    return [dims, *[dims] * (len(op.shapes) - 1)]
+
+
+def _read_by_boxes(op: Op, x: Labelled, rois: Labelled) -> Label | None:
+    op.freeze(rois.dims[1:], "it holds coordinates")
+    return fix(op, x, (0, 2, 3), f"{op.name} reads it by coordinates").dims[1]

@@ -1,0 +1,216 @@
+"""Wrapped layers: autograd functions, checkpoints, parametrisations, adapters, compiled and scripted modules."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize
+from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+
+import prunus as tp
+
+TOKENS = torch.randn(2, 5, 6)
+IMAGE = torch.randn(2, 3, 8, 8)
+
+
+def around(networks, function, width=8, **members):
+    """A linear layer, the function (which calls it), a linear layer."""
+    return networks.Net(lambda s, x: s.q(function(s, x)), p=nn.Linear(6, 8), q=nn.Linear(width, 4), **members)
+
+
+class Gate(torch.autograd.Function):
+    """A pointwise function with a backward of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x * torch.tanh(F.softplus(x))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
+
+
+class Product(torch.autograd.Function):
+    """A linear layer with a backward of its own."""
+
+    @staticmethod
+    def forward(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return x @ weight.t() + bias
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0], None, None
+
+
+def inner():
+    return nn.Sequential(nn.Linear(8, 10), nn.ReLU(), nn.Linear(10, 8))
+
+
+def scaled():
+    """A layer whose hooks change what goes in and what comes out."""
+    layer = nn.Linear(8, 8)
+    layer.scale = nn.Parameter(torch.randn(8))
+    layer.register_forward_pre_hook(lambda m, args: (args[0] + 1,))
+    layer.register_forward_hook(lambda m, args, out: out * m.scale)
+    return layer
+
+
+def compiled_in_place():
+    layer = nn.Linear(8, 8)
+    layer.compile(backend="eager")
+    return layer
+
+
+WRAPPED = [
+    pytest.param(lambda s, x: Gate.apply(s.p(x)), None, 8, id="autograd-function"),
+    pytest.param(lambda s, x: Product.apply(x, s.p.weight, s.p.bias), None, 8, id="autograd-product"),
+    pytest.param(lambda s, x: checkpoint(s.m, s.p(x), use_reentrant=True), inner, 26, id="checkpoint-reentrant"),
+    pytest.param(lambda s, x: checkpoint(s.m, s.p(x), use_reentrant=False), inner, 26, id="checkpoint"),
+    pytest.param(
+        lambda s, x: checkpoint_sequential(s.m, 2, s.p(x), use_reentrant=False), inner, 26, id="checkpoint-sequential"
+    ),
+    pytest.param(lambda s, x: s.m(s.p(x)), scaled, 16, id="hooks"),
+    pytest.param(lambda s, x: s.m(s.p(x)), lambda: nn.DataParallel(nn.Linear(8, 8)), 16, id="data-parallel"),
+    pytest.param(lambda s, x: s.m(s.p(x)), lambda: torch.jit.script(nn.Sequential(nn.ReLU())), 8, id="scripted-relu"),
+    pytest.param(lambda s, x: s.m(s.p(x)), compiled_in_place, 16, id="compiled-in-place"),
+    pytest.param(
+        lambda s, x: s.m(s.p(x)), lambda: torch.compile(nn.Linear(8, 8), backend="eager"), 16, id="compiled-part"
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("function", "make", "bundles"), WRAPPED)
+def test_wrapped_layers_are_seen_through(oracle, networks, function, make, bundles) -> None:
+    """What runs inside a wrapper is traced like any other code."""
+    members = {} if make is None else {"m": make()}
+    assert oracle(around(networks, function, **members), TOKENS).bundles == bundles
+
+
+def test_a_compiled_model_is_pruned(oracle) -> None:
+    model = torch.compile(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)), backend="eager")
+    assert oracle(model, TOKENS).bundles == 8
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "wrap", [torch.jit.script, lambda m: torch.jit.trace(m, torch.randn(2, 8))], ids=["script", "trace"]
+)
+def test_scripted_layers_are_refused(networks, wrap) -> None:
+    """TorchScript hides its tensors; the error says what to do, for a part and for the whole model."""
+    model = around(networks, lambda s, x: s.m(s.p(x)), m=wrap(nn.Linear(8, 8)))
+    for target, inputs in ((model, TOKENS), (model.m, torch.randn(2, 8))):
+        with pytest.raises(tp.InputError, match="prune the Python module"):
+            tp.prune(target, inputs, tp.Target(ratio=0.5))
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_quantised_layers_stay_and_say_why(networks) -> None:
+    """The layers around a quantised one keep the widths that it needs."""
+    small = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(8, 8)), {nn.Linear})
+    model = around(networks, lambda s, x: s.m(s.p(x)), m=small)
+    with pytest.raises(tp.NothingToPruneError, match="linear_dynamic"):
+        tp.prune(model, TOKENS, tp.Target(ratio=0.5))
+    whole = torch.ao.quantization.quantize_dynamic(nn.Sequential(nn.Linear(6, 8)), {nn.Linear})
+    with pytest.raises(tp.PrunusError, match="quantised"):
+        tp.verify(whole, TOKENS)
+
+
+class Twice(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x
+
+
+def twice(layer):
+    parametrize.register_parametrization(layer, "weight", Twice())
+    return layer
+
+
+PARAMETRISED = [
+    pytest.param(parametrizations.weight_norm, id="weight_norm"),
+    pytest.param(lambda m: parametrizations.weight_norm(m, dim=1), id="weight_norm-dim-1"),
+    pytest.param(lambda m: parametrizations.weight_norm(m, dim=None), id="weight_norm-whole"),
+    pytest.param(parametrizations.spectral_norm, id="spectral_norm"),
+    pytest.param(twice, id="own"),
+    pytest.param(nn.utils.weight_norm, id="old-weight_norm"),
+    pytest.param(nn.utils.spectral_norm, id="old-spectral_norm"),
+]
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+@pytest.mark.parametrize("wrap", PARAMETRISED)
+@pytest.mark.parametrize("kind", [nn.Conv2d, nn.ConvTranspose2d])
+def test_parametrised_layers_are_cut_in_their_originals(oracle, wrap, kind) -> None:
+    """Both sides of the layer are pruned, the attributes follow, and the parametrisation can still be removed."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), wrap(kind(8, 6, 3)), nn.ReLU(), nn.Conv2d(6, 4, 3))
+    assert oracle(model, IMAGE).bundles == 14
+    tp.prune(model, IMAGE, tp.Target(ratio=0.5))
+    layer = model[2]
+    assert (layer.in_channels, layer.out_channels) == (4, 3)
+    assert tuple(layer.weight.shape[:2]) == ((3, 4) if kind is nn.Conv2d else (4, 3))
+    expected = model(IMAGE)
+    if parametrize.is_parametrized(layer):
+        parametrize.remove_parametrizations(layer, "weight")
+    assert torch.allclose(model(IMAGE), expected, atol=1e-6)
+    model.train()(IMAGE).sum().backward()
+
+
+def test_groups_of_a_parametrised_layer_are_found_by_the_layer() -> None:
+    """The face that users know names the layer, not the tensors of its parametrisation."""
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3), parametrizations.weight_norm(nn.Conv2d(8, 6, 3)), nn.Conv2d(6, 4, 3)
+    ).eval()
+    graph = tp.DependencyGraph().build_dependency(model, IMAGE)
+    group = graph.get_pruning_group(model[1], tp.prune_conv_out_channels, [1, 4])
+    assert [dep.target.name for dep, _ in group] == ["1", "2"]
+    group.prune()
+    assert (model[1].out_channels, model[2].in_channels) == (4, 4)
+    assert model(IMAGE).shape == (2, 4, 2, 2)
+
+
+def test_orthogonal_layers_keep_what_is_computed_as_a_whole(oracle) -> None:
+    """A matrix exponential keeps its size, and what it is multiplied with may lose rows."""
+    model = nn.Sequential(
+        nn.Linear(6, 8), parametrizations.orthogonal(nn.Linear(8, 8)), nn.Linear(8, 8), nn.Linear(8, 3)
+    )
+    assert oracle(model, TOKENS).bundles == 16
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_layer_with_weight_norm(oracle, networks, kind) -> None:
+    layer = parametrizations.weight_norm(kind(8, 10, batch_first=True), "weight_hh_l0")
+    model = around(networks, lambda s, x: s.l(s.p(x))[0], width=10, l=layer)
+    found = oracle(model, TOKENS)
+    assert found.bundles == 18
+    assert found.share > 0.9
+
+
+class Adapted(nn.Module):
+    """A frozen layer plus a product of two thin ones."""
+
+    def __init__(self, layer: nn.Linear, rank: int = 4) -> None:
+        super().__init__()
+        self.base = layer.requires_grad_(False)
+        self.a, self.b = nn.Linear(layer.in_features, rank, bias=False), nn.Linear(rank, layer.out_features, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + 2.0 * self.b(self.a(x))
+
+
+def test_adapters_are_pruned_with_their_layer(oracle) -> None:
+    """Both sides of the adapter follow its base, and its rank is a group of its own."""
+    model = nn.Sequential(Adapted(nn.Linear(6, 8)), nn.ReLU(), Adapted(nn.Linear(8, 4)))
+    found = oracle(model, TOKENS)
+    assert found.bundles == 16
+    tp.prune(model, TOKENS, tp.Target(ratio=0.5))
+    assert model[0].b.out_features == model[2].a.in_features == 4
+    assert model[0].a.out_features == 2
