@@ -24,7 +24,7 @@ LONGER_FOR_A_REASON: dict[str, str] = {}
 LEVELS = [
     {"errors", "labels", "_version"},
     {"rules"},
-    {"sizes", "calls", "held", "modes", "untouched", "tracing"},
+    {"sizes", "calls", "held", "modes", "untouched", "meta", "tracing"},
     {"coupling"},
     {"plan"},
     {"surgery", "cost", "importance", "functions"},

@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from prunus.coupling import Coupling, Family, couple
 from prunus.coupling.explain import explain, why_not
+from prunus.coupling.groups import runs_of
 from prunus.errors import InputError, SurgeryError
 from prunus.functions import (
     PruningFn,
@@ -80,6 +81,8 @@ class DependencyGraph:
         ignored_layers: Sequence[nn.Module] = (),
         ignored_params: Sequence[nn.Parameter] = (),
         verbose: bool = True,
+        *,
+        device: str | torch.device | None = None,
     ) -> DependencyGraph:
         """Trace the model and find all its groups.
 
@@ -93,13 +96,14 @@ class DependencyGraph:
             ignored_layers: modules whose output widths must stay.
             ignored_params: parameters that must stay as they are.
             verbose: accepted for old scripts.
+            device: "meta" to trace without data or copies, for models too big to run (models on meta always are).
 
         Raises:
             InputError: the model cannot run on the inputs, or an ignored layer is not part of it.
         """
         if customized_pruners:
             raise InputError("customized_pruners are not supported: custom layers are traced like any other code")
-        found = trace(getattr(model, "_orig_mod", model), example_inputs, forward_fn, output_transform)
+        found = trace(getattr(model, "_orig_mod", model), example_inputs, forward_fn, output_transform, device)
         self._freeze(found, tuple(ignored_layers or ()), tuple(ignored_params or ()))
         self._coupling, self._sides = couple(found), None
         self._alive = everything_alive(self._coupling)
@@ -278,19 +282,20 @@ class DependencyGraph:
         coupling = self.coupling
         gone = coupling.atoms_of(units)
         gone = gone[alive[gone]]
-        place = {int(u): k for k, u in enumerate(units.tolist())}
+        ranks = np.argsort(units, kind="stable")
         by_dim = self.sides.by_dim
         order: dict[int, tuple[Side, list[int], list[int]]] = {}
         axis = np.searchsorted(coupling.axis_start, gone, side="right") - 1
-        for k in np.unique(axis[axis >= 0]).tolist():
+        for k, atoms in runs_of(axis[axis >= 0], gone[axis >= 0]):
             held, dim = int(coupling.axis_held[k]), int(coupling.axis_dim[k])
             side = by_dim.get((held, dim))
-            here = gone[axis == k] - coupling.axis_start[k]
+            here = atoms - coupling.axis_start[k]
             here = here[here < coupling.trace.held[held].shape[dim]]
             if side is None or here.size == 0 or (id(side) in order and order[id(side)][0] is side):
                 continue
-            atoms = here + coupling.axis_start[k]
-            roots = [place.get(int(u), 0) for u in coupling.unit_of_atom[atoms].tolist()]
+            cut = coupling.unit_of_atom[here + coupling.axis_start[k]]
+            spot = ranks[np.searchsorted(units, cut, sorter=ranks).clip(max=units.size - 1)]
+            roots = np.where(units[spot] == cut, spot, 0).tolist()
             now = current_positions(coupling.trace.held[held], dim, alive, here).tolist()
             order[id(side)] = (side, now, roots)
         first = order.pop(id(root), None)

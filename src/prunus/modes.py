@@ -107,6 +107,13 @@ class Tracer(TorchDispatchMode):
         if held is not None and id(held) not in self._overwritten:
             self._overwritten[id(held)] = (held, held.detach().clone())
 
+    def alias(self, tensor: torch.Tensor, twin: torch.Tensor) -> bool:
+        """Let ``twin``, which the caller keeps, stand for a tensor that the model keeps; false if it keeps none."""
+        index = self._index.get(id(tensor))
+        if index is not None:
+            self._index[id(twin)] = index
+        return index is not None
+
     def labels_of(self, tensor: torch.Tensor) -> Labelled:
         """What is known of a tensor."""
         lasting = self._lasting.get(id(tensor)) if self._lasting else None

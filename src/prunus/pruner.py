@@ -45,7 +45,15 @@ def score_with(graph: DependencyGraph, importance: Criterion) -> Callable[[UnitG
         sides = graph.sides_of(group.units)
         if not sides:
             return None
-        found = importance(Group(graph, left, sides[0]))
+        try:
+            found = importance(Group(graph, left, sides[0]))
+        except NotImplementedError as error:
+            if any(p.is_meta for p in graph.model.parameters()):
+                raise InputError(
+                    "the model is on the meta device and its weights have no values to score; score a real copy and "
+                    "apply the plan here, or pass importance=prunus.importance.RandomImportance()"
+                ) from error
+            raise
         if found is None:
             return None
         if found.shape != (len(left),):

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -19,6 +19,7 @@ from torch import nn
 from prunus.errors import InputError, PrunusError
 from prunus.held import Held, Modules, held_tensors
 from prunus.labels import Ledger
+from prunus.meta import MetaFunctionMode, MetaMode, OverwrittenError, no_values, runs_without_data
 from prunus.modes import Event, FunctionMode, Tracer
 from prunus.sizes import mark_attributes
 from prunus.untouched import untouched
@@ -57,6 +58,7 @@ def trace(
     example_inputs: Inputs,
     forward_fn: ForwardFn | None = None,
     output_transform: Callable[[Any], Any] | None = None,
+    device: str | torch.device | None = None,
 ) -> Trace:
     """Run the model once in eval mode and record what every op does to labels.
 
@@ -65,27 +67,51 @@ def trace(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, on the model's device.
         forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
         output_transform: picks, from the output, what must keep its sizes (default: every tensor in it).
+        device: "meta" to trace without data, whatever device the model is on (models on meta always are).
 
     Raises:
         InputError: the model cannot run on the inputs.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
-    try:
-        return _trace(model, example_inputs, forward_fn, output_transform, torch.inference_mode())
-    except PrunusError:
-        raise
-    except Exception:  # some models differentiate while they run, which inference mode forbids
-        pass
-    try:
-        return _trace(model, example_inputs, forward_fn, output_transform, torch.no_grad())
-    except PrunusError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"the model cannot run on the example inputs ({type(error).__name__}: {error}); call it with the same "
-            "inputs in eval mode to see where, and pass a tensor, a tuple of arguments, a dict, or a forward_fn"
-        ) from error
+    empty = runs_without_data(model, device)
+    ways: list[_Way] = [
+        (torch.inference_mode, _modes),
+        (torch.no_grad, _modes),
+    ]  # some models differentiate as they run
+    if empty:
+        ways = [(torch.inference_mode, _modes_without_data), (torch.inference_mode, _strictly_without_data)]
+        ways.append((torch.no_grad, _modes_without_data))
+    failure: Exception | None = None
+    for guard, modes in ways:
+        try:
+            return _trace(model, example_inputs, forward_fn, output_transform, guard(), modes)
+        except PrunusError:
+            raise
+        except Exception as error:
+            failure = error if failure is None or not empty or isinstance(failure, OverwrittenError) else failure
+    if failure is not None and empty:
+        raise no_values(model, failure) from failure
+    raise InputError(
+        f"the model cannot run on the example inputs ({type(failure).__name__}: {failure}); call it with the same "
+        "inputs in eval mode to see where, and pass a tensor, a tuple of arguments, a dict, or a forward_fn"
+    ) from failure
+
+
+_Modes: TypeAlias = "Callable[[Tracer], Sequence[AbstractContextManager[Any]]]"
+_Way: TypeAlias = "tuple[Callable[[], AbstractContextManager[Any]], _Modes]"
+
+
+def _modes(tracer: Tracer) -> Sequence[AbstractContextManager[Any]]:
+    return FunctionMode(tracer), tracer
+
+
+def _modes_without_data(tracer: Tracer) -> Sequence[AbstractContextManager[Any]]:
+    return MetaFunctionMode(tracer), tracer, MetaMode(tracer, strict=False)
+
+
+def _strictly_without_data(tracer: Tracer) -> Sequence[AbstractContextManager[Any]]:
+    return MetaFunctionMode(tracer), tracer, MetaMode(tracer, strict=True)
 
 
 def _trace(
@@ -94,6 +120,7 @@ def _trace(
     forward_fn: ForwardFn | None,
     output_transform: Callable[[Any], Any] | None,
     guard: AbstractContextManager[Any],
+    modes: _Modes,
 ) -> Trace:
     """One recorded run, without gradients."""
     ledger = Ledger()
@@ -103,7 +130,7 @@ def _trace(
     tracer = Tracer(ledger, held, index, once)
     with untouched(model, [m for _, m in once], values=False), tracer.protecting(), ExitStack() as stack:
         stack.enter_context(_marked(once, ledger))
-        for context in (guard, _without_mha_fastpath(), tracer.following_modules(), FunctionMode(tracer), tracer):
+        for context in (guard, _without_mha_fastpath(), tracer.following_modules(), *modes(tracer)):
             stack.enter_context(context)
 
         def run() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import cached_property
 from math import lcm
 from typing import TypeAlias
 
@@ -36,7 +37,7 @@ class Family:
     coarse: bool
     step: int = 1
 
-    @property
+    @cached_property
     def count(self) -> int:
         """The number of bundles."""
         return int(np.gcd.reduce([len(lane) for lane in self.lanes])) // self.step
@@ -234,15 +235,16 @@ class _Constraints:
         """Join families that only together keep every size right; pin those that cannot."""
         families = {int(self.draft.family_of[lane]) for lane in self.by_lane}
         errors = {f: self._errors(f) for f in sorted(families) if f >= 0}
-        while failing := sorted({k for found in errors.values() for k in found}):
-            involved = [{f: found[k] for f, found in errors.items() if k in found} for k in failing]
-            joins = [chosen for families in involved if (chosen := self._balancing(families))]
+        while involved := _by_requirement(errors):
+            coarse = self._coarse_families()
+            joins = [chosen for k in sorted(involved) if (chosen := _balancing(involved[k], coarse))]
             if joins:
                 self._join(joins, errors)
                 continue
-            for family in involved[0]:
+            first = min(involved)
+            for family in involved[first]:
                 del errors[family]
-                self.draft.pin(family, _reason(self.expressions[failing[0]], self.requirements[failing[0]]))
+                self.draft.pin(family, _reason(self.expressions[first], self.requirements[first]))
         for family in errors:
             self.draft.step[family] = self._step(family)
 
@@ -269,17 +271,11 @@ class _Constraints:
             return 1
         return lcm(*(Fraction(change).limit_denominator(count).denominator for change in changes))
 
-    def _balancing(self, errors: dict[int, float]) -> list[int]:
-        """The families whose errors have opposite signs: fine ones alone if they do, else all."""
-        fine = {f: e for f, e in errors.items() if not self._is_coarse(f)}
-        for chosen in (fine, errors):
-            if any(e > 0 for e in chosen.values()) and any(e < 0 for e in chosen.values()):
-                return list(chosen)
-        return []
-
-    def _is_coarse(self, family: int) -> bool:
-        lane = int(np.flatnonzero(self.draft.family_of == family)[0])
-        return self.units.is_coarse(int(self.draft.lanes[lane][0]))
+    def _coarse_families(self) -> set[int]:
+        """The families of coarse units."""
+        families, lanes = np.unique(self.draft.family_of, return_index=True)
+        pairs = zip(families.tolist(), lanes.tolist(), strict=True)
+        return {f for f, lane in pairs if self.units.is_coarse(int(self.draft.lanes[lane][0]))}
 
     def _errors(self, family: int) -> dict[int, float]:
         """By how much each requirement is off (asked minus there) when half of a family goes."""
@@ -314,6 +310,24 @@ class _Constraints:
                         found.add(k)
                         todo.append(k)
         return sorted(found)
+
+
+def _by_requirement(errors: dict[int, dict[int, float]]) -> dict[int, dict[int, float]]:
+    """For each requirement that fails, the families that make it fail, and by how much."""
+    found: dict[int, dict[int, float]] = {}
+    for family, own in errors.items():
+        for k, error in own.items():
+            found.setdefault(k, {})[family] = error
+    return found
+
+
+def _balancing(errors: dict[int, float], coarse: set[int]) -> list[int]:
+    """The families whose errors have opposite signs: fine ones alone if they do, else all."""
+    fine = {f: e for f, e in errors.items() if f not in coarse}
+    for chosen in (fine, errors):
+        if any(e > 0 for e in chosen.values()) and any(e < 0 for e in chosen.values()):
+            return list(chosen)
+    return []
 
 
 def _is_own_size(requirement: Requirement) -> bool:
