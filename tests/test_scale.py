@@ -142,7 +142,7 @@ class Branches(nn.Module):
 
 
 def test_control_flow_that_depends_on_weights_names_the_cure() -> None:
-    with pytest.raises(prunus.InputError, match="meta device.*leave device= out"):
+    with pytest.raises(prunus.InputError, match=r"meta device.*leave device= out"):
         prunus.DependencyGraph().build_dependency(Branches(), torch.randn(1, 8), device="meta")
     with torch.device("meta"):
         empty = Branches()
@@ -178,5 +178,5 @@ def test_values_that_no_weight_enters_are_real() -> None:
     groups, _ = found(model, torch.randn(2, 8), device="meta")
     assert [len(i) for _, _, i in groups[0]] == [16, 16]
     assert int(model.calls) == 0
-    with pytest.raises(prunus.InputError, match="writes into a constant|item"):
+    with pytest.raises(prunus.InputError, match=r"writes into a constant|item"):
         found(model, (torch.randn(2, 8), True), device="meta")

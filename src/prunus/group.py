@@ -59,7 +59,7 @@ class Dependency:
 
     def is_triggered_by(self, fn: PruningFn) -> bool:
         """Whether ``fn`` is what makes this cut necessary."""
-        return fn is self.trigger
+        return fn == self.trigger
 
     def __str__(self) -> str:
         return f"{self.trigger.__name__} on {self.source} => {self.handler.__name__} on {self.target}"
@@ -108,32 +108,42 @@ def _nodes(trace: Trace) -> list[tuple[Node | None, bool]]:
         place = held.places[0]
         owner = trace.modules[place.module]
         if place.module not in layers:
-            layers[place.module] = None if functions_for(owner) is None else Node(place.module, owner)
+            known = place.module in trace.pruners or functions_for(owner) is not None
+            layers[place.module] = Node(place.module, owner) if known else None
         layer = layers[place.module]
         bare = Node(place.full, getattr(owner, place.name)) if layer is None and place.kind == "parameter" else None
         found.append((layer or bare, layer is not None))
     return found
 
 
-def find_sides(coupling: Coupling) -> Sides:
-    """Which tensor dims belong to which side of which layer."""
+def find_sides(coupling: Coupling, only: Mapping[int, int] | None = None) -> Sides:
+    """Which tensor dims belong to which side of which layer; ``only``: the one dim that counts of some held tensors."""
+    only = only or {}
     nodes = _nodes(coupling.trace)
     consumers = coupling.consumers
     dims: dict[tuple[int, bool], list[tuple[int, int]]] = {}
     by_id: dict[int, Node] = {}
     for held, dim in zip(coupling.axis_held.tolist(), coupling.axis_dim.tolist(), strict=True):
         node, is_layer = nodes[held]
-        if node is not None and (dim < 2 or not is_layer):
+        if node is not None and (dim < 2 or not is_layer) and only.get(held, dim) == dim:
             by_id[id(node.module)] = node
             dims.setdefault((id(node.module), (held, dim) in consumers), []).append((held, dim))
     by_layer, by_dim = {}, {}
     for (module, reads), found in dims.items():
         node = by_id[module]
-        pair = functions_for(node.module) or (prune_parameter_out_channels, prune_parameter_in_channels)
+        pair = _pair(coupling.trace, node)
         side = Side(node, pair[1] if reads else pair[0], tuple(found))
         by_layer[module, reads] = side
         by_dim.update(dict.fromkeys(found, side))
     return Sides(tuple(by_layer.values()), by_layer, by_dim)
+
+
+def _pair(trace: Trace, node: Node) -> tuple[PruningFn, PruningFn]:
+    """What cuts the outputs of a layer, and what cuts its inputs."""
+    own = trace.pruners.get(node.name)
+    if own is not None:
+        return own.prune_out_channels, own.prune_in_channels
+    return functions_for(node.module) or (prune_parameter_out_channels, prune_parameter_in_channels)
 
 
 class Group:

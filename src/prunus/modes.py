@@ -23,6 +23,8 @@ from prunus.sizes import shape_of
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})
+_LEAVES = frozenset({torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.data_ptr})
+_SPECIAL = _COMPOSED_IN_PYTHON | _LEAVES
 _PLAIN = frozenset({int, float, bool, type(None), str})
 _MAKES = frozenset(
     ["zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"]
@@ -127,6 +129,13 @@ class Tracer(TorchDispatchMode):
         if found is None:
             found = self._known[index] = self._held_labels(index)
         return found
+
+    def leaves(self, tensor: torch.Tensor, how: str) -> None:
+        """The values of a tensor go where no op is seen: its sizes stay."""
+        for label in self.labels_of(tensor).dims:
+            if label is not None:
+                self.ledger.step = len(self.events) - 1
+                self.ledger.freeze(label.ids, f"its values leave torch through {how}(), where nothing can be seen")
 
     def _held_labels(self, index: int) -> Labelled:
         """Fresh atoms for the dims of a tensor that the model keeps, at its first use."""
@@ -239,9 +248,12 @@ class FunctionMode(TorchFunctionMode):
             shape = shape_of(labelled, tracer.ledger)
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if dim is None else shape[dim]
-        if func in _COMPOSED_IN_PYTHON:
-            with self:
-                return _unguarded(func)(*args, **kwargs)
+        if func in _SPECIAL:
+            if func in _LEAVES:
+                tracer.leaves(args[0], func.__name__)
+            else:
+                with self:
+                    return _unguarded(func)(*args, **kwargs)
         before, tracer.call = tracer.call, PythonCall(func, args, kwargs)
         try:
             return func(*args, **kwargs)

@@ -19,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 
 from prunus.errors import SurgeryError
+from prunus.handlers import layer_cuts, tensor_removals
 from prunus.plan import Mirror, Plan, Removal
 from prunus.sizes import attribute_home
 
@@ -48,7 +49,12 @@ class Receipt:
             self.on_undo = None
 
 
-def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> Receipt:
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None = None,
+    customized_pruners: Mapping[Any, Any] | None = None,
+) -> Receipt:
     """Cut ``model`` in place, all or nothing.
 
     Parameters keep their identity: optimisers, tied layers and your own references still point at them. Gradients and
@@ -58,12 +64,14 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
         model: the model the plan was made for, or a copy of it.
         plan: what to remove.
         optimizer: an optimiser over the model's parameters.
+        customized_pruners: what prunes customised layers (a plan read from a file does not know).
 
     Raises:
         SurgeryError: the plan does not fit; the model is as it was.
     """
     receipt = Receipt(plan)
     changes = _prepare(model, plan, optimizer)
+    changes += [Change(cut.do, cut.undo) for cut in layer_cuts(model, plan, customized_pruners or {}, optimizer)]
     try:
         for change in changes:
             change.do()
@@ -82,7 +90,7 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
 def _prepare(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> list[Change]:
     """Every change, computed and checked, none made."""
     by_tensor: dict[str, list[Removal]] = {}
-    for removal in plan.removals:
+    for removal in tensor_removals(plan):
         by_tensor.setdefault(removal.tensor, []).append(removal)
     aliases = _aliases(model)
     twins: dict[Any, list[nn.Parameter]] = {}
@@ -231,7 +239,7 @@ def _swap_state(
 
 def _mirror_changes(model: nn.Module, plan: Plan) -> list[Change]:
     """Attributes that repeat a width of the (already cut) tensors."""
-    cut = {id(_attribute(model, removal.tensor)) for removal in plan.removals}
+    cut = {id(_attribute(model, removal.tensor)) for removal in tensor_removals(plan)}
     owners = {
         path
         for path, module in model.named_modules()

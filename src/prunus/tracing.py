@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import torch
@@ -21,6 +21,7 @@ from prunus.held import Held, Modules, held_tensors
 from prunus.labels import Ledger
 from prunus.meta import MetaFunctionMode, MetaMode, OverwrittenError, no_values, runs_without_data
 from prunus.modes import Event, FunctionMode, Tracer
+from prunus.opaque import Customized, OpaqueTracer, find_customized, stand_in
 from prunus.sizes import mark_attributes
 from prunus.untouched import untouched
 
@@ -36,6 +37,7 @@ class Trace:
     unsupported: Mapping[str, tuple[str, ...]]  # op without rule -> modules in which it ran
     unread: tuple[str, ...]  # parameters that no op of the run has read
     modules: Mapping[str, nn.Module]  # every path of every module
+    pruners: Mapping[str, Any] = field(default_factory=dict)  # path of each customised layer -> what prunes it
 
 
 Inputs = Any
@@ -59,6 +61,7 @@ def trace(
     forward_fn: ForwardFn | None = None,
     output_transform: Callable[[Any], Any] | None = None,
     device: str | torch.device | None = None,
+    pruners: Mapping[Any, Any] | None = None,
 ) -> Trace:
     """Run the model once in eval mode and record what every op does to labels.
 
@@ -68,12 +71,14 @@ def trace(
         forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
         output_transform: picks, from the output, what must keep its sizes (default: every tensor in it).
         device: "meta" to trace without data, whatever device the model is on (models on meta always are).
+        pruners: what prunes the layers (modules, names or types) that are not looked into.
 
     Raises:
         InputError: the model cannot run on the inputs.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    layers = find_customized(model, pruners) if pruners else ()
     empty = runs_without_data(model, device)
     ways: list[_Way] = [
         (torch.inference_mode, _modes),
@@ -85,7 +90,7 @@ def trace(
     failure: Exception | None = None
     for guard, modes in ways:
         try:
-            return _trace(model, example_inputs, forward_fn, output_transform, guard(), modes)
+            return _trace(model, example_inputs, forward_fn, output_transform, guard(), modes, layers)
         except PrunusError:
             raise
         except Exception as error:
@@ -121,15 +126,17 @@ def _trace(
     output_transform: Callable[[Any], Any] | None,
     guard: AbstractContextManager[Any],
     modes: _Modes,
+    layers: Sequence[Customized],
 ) -> Trace:
     """One recorded run, without gradients."""
     ledger = Ledger()
     modules = list(model.named_modules(remove_duplicate=False))
     held, index = held_tensors(modules)
     once: Modules = [(path, m) for m, path in {m: path for path, m in reversed(modules)}.items()]
-    tracer = Tracer(ledger, held, index, once)
+    own = stand_in(layers, held, index) if layers else None
+    tracer = Tracer(ledger, held, index, once) if own is None else OpaqueTracer(ledger, held, index, once, own)
     with untouched(model, [m for _, m in once], values=False), tracer.protecting(), ExitStack() as stack:
-        stack.enter_context(_marked(once, ledger))
+        stack.enter_context(_marked(once if own is None else own.visible(once), ledger))
         for context in (guard, _without_mha_fastpath(), tracer.following_modules(), *modes(tracer)):
             stack.enter_context(context)
 
@@ -146,14 +153,19 @@ def _trace(
         run()
         if _unread(held):
             _run_in_training(model, ledger, run)
+        if isinstance(tracer, OpaqueTracer):
+            tracer.close()
     unsupported = {name: tuple(dict.fromkeys(where)) for name, where in tracer.unsupported.items()}
-    return Trace(model, tuple(held), ledger, tuple(tracer.events), unsupported, _unread(held), dict(modules))
+    pruned = {layer.path: layer.pruner for layer in layers}
+    return Trace(model, tuple(held), ledger, tuple(tracer.events), unsupported, _unread(held), dict(modules), pruned)
 
 
 def _unread(held: Sequence[Held]) -> tuple[str, ...]:
     """The parameters that no op has read."""
     return tuple(
-        h.name for h in held if h.places[0].kind == "parameter" and max(h.shape, default=1) > 1 and max(h.starts) < 0
+        h.name
+        for h in held
+        if h.places[0].kind == "parameter" and h.follows is None and max(h.shape, default=1) > 1 and max(h.starts) < 0
     )
 
 

@@ -12,7 +12,7 @@ from prunus.rules import (
     spatial,
     views,
 )
-from prunus.rules.table import Op, lookup, rule
+from prunus.rules.table import Op, lookup, remove_rule, rule
 
 __all__ = [
     "Op",
@@ -25,6 +25,7 @@ __all__ = [
     "pointwise",
     "recurrent",
     "reductions",
+    "remove_rule",
     "rule",
     "spatial",
     "views",
