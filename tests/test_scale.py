@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
+import sys
 import time
 import tracemalloc
+from pathlib import Path
 
 import pytest
 import torch
@@ -180,3 +183,23 @@ def test_values_that_no_weight_enters_are_real() -> None:
     assert int(model.calls) == 0
     with pytest.raises(prunus.InputError, match=r"writes into a constant|item"):
         found(model, (torch.randn(2, 8), True), device="meta")
+
+
+def test_the_benchmark_tells_a_line_from_a_parabola() -> None:
+    path = Path(__file__).parents[1] / "benchmarks" / "scale.py"
+    spec = importlib.util.spec_from_file_location("scale_benchmark", path)
+    bench = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, spec.name, bench)  # dataclasses look their module up
+        spec.loader.exec_module(bench)
+
+    def rows(cost, layers=(10, 20, 40)):
+        return [bench.Row(n, 64, cost(n), 100.0, 10.0 + n, 3, 1000) for n in layers]
+
+    line, parabola = rows(lambda n: 1 + n / 100), rows(lambda n: n * n / 1000)
+    assert bench.growth([10, 20, 40], [1, 2, 4]) == pytest.approx(1)
+    assert bench.judge(line, line[-1:])["kept"]
+    verdict = bench.judge(parabola, parabola[-1:])
+    assert (verdict["kept"], verdict["not_linear"]) == (False, ["seconds over layers"])
+    assert not bench.judge(rows(lambda n: 30.0), line[-1:])["kept"]
+    assert bench.plot(line, line).count("<polyline") == 4
