@@ -1,6 +1,6 @@
 # make test    set everything up in .venv, then lint, types and tests
 # make demo    set everything up in .venv, then train, prune, fine-tune and export a detector on generated images
-# make bench   time the dependency graph against the forward pass and against Torch-Pruning
+# make bench   time the dependency graph against the forward pass and Torch-Pruning, and on decoders too big to hold
 # make clean   remove .venv, caches and the output of demo and bench
 
 PYTHON ?= python3
@@ -42,6 +42,7 @@ demo: $(MADE)
 
 bench: $(MADE_BENCH)
 	$(BIN)/python benchmarks/graph.py --out runs/bench/graph.json
+	$(BIN)/python benchmarks/scale.py --out runs/bench/scale.json
 
 clean:
 	rm -rf $(VENV) runs/demo runs/bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

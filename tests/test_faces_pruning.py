@@ -211,7 +211,11 @@ BAD: dict[str, tuple[Callable[[Any], Any], type[PrunusError], str]] = {
         InputError,
         "not part of the model",
     ),
-    "ignored layer by name": (lambda net: tp.prune(net, IMAGE, ignored_layers=["0"]), InputError, "no module"),
+    "ignored layer by a wrong name": (
+        lambda net: tp.prune(net, IMAGE, ignored_layers=["nothing"]),
+        InputError,
+        "nothing in the model is called",
+    ),
     "index out of range": (lambda net: _conv_group(net, [8]), InputError, "do not exist"),
     "negative index": (lambda net: _conv_group(net, [-1]), InputError, "do not exist"),
     "no index": (lambda net: _conv_group(net, []), InputError, "no positions"),

@@ -41,7 +41,7 @@ class Written(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> Any:
         names = {"s": self, "torch": torch, "F": F, "nn": nn, "x": inputs}
-        exec(compile(self.lines, "<program>", "exec"), names)  # noqa: S102
+        exec(compile(self.lines, "<program>", "exec"), names)
         return names["out"]
 
 
@@ -100,14 +100,14 @@ class Writer:
     def member(self, expression: str, prefix: str = "m") -> str:
         """A layer, a parameter or an attribute of the module."""
         name = self.new(prefix)
-        value = eval(expression, {"torch": torch, "nn": nn, "Bag": SimpleNamespace})  # noqa: S307
+        value = eval(expression, {"torch": torch, "nn": nn, "Bag": SimpleNamespace})
         setattr(self.net, name, value)
         self.members[name] = expression
         return f"s.{name}"
 
     def buffer(self, expression: str) -> str:
         name = self.new("b")
-        self.net.register_buffer(name, eval(expression, {"torch": torch}))  # noqa: S307
+        self.net.register_buffer(name, eval(expression, {"torch": torch}))
         self.members[name] = f"BUFFER {expression}"
         return f"s.{name}"
 
@@ -155,7 +155,7 @@ class Writer:
         names = [self.new("t") for _ in range(outs)]
         line = f"{', '.join(names)}{',' if outs == 1 and code.endswith('#1') else ''} = {code}"
         with torch.no_grad():
-            exec(line, self.names)  # noqa: S102
+            exec(line, self.names)
         for name in names:
             value = self.names[name]
             if not isinstance(value, torch.Tensor) or not 0 < value.numel() <= LARGEST or not 2 <= value.dim() <= 6:

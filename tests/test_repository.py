@@ -24,10 +24,10 @@ LONGER_FOR_A_REASON: dict[str, str] = {}
 LEVELS = [
     {"errors", "labels", "_version"},
     {"rules"},
-    {"sizes", "calls", "held", "siblings", "modes", "untouched", "tracing"},
+    {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "tracing", "hints"},
     {"coupling"},
     {"plan"},
-    {"surgery", "cost", "importance", "functions"},
+    {"surgery", "handlers", "cost", "importance", "functions"},
     {"selection", "regularize", "recover", "recipe", "report"},
     {"group", "graph", "pruner", "pruning", "verification", "utils"},
     {"integrations"},

@@ -10,9 +10,10 @@ from prunus.errors import InputError, NothingToPruneError, PrunusError, SurgeryE
 from prunus.functions import *  # noqa: F403 - the prune_* family; functions.__all__ is the list
 from prunus.graph import DependencyGraph
 from prunus.group import Dependency, Group
+from prunus.hints import freeze
 from prunus.plan import Plan
 from prunus.pruning import PruneResult, prune
-from prunus.rules import rule
+from prunus.rules import remove_rule, rule
 from prunus.selection import Target
 from prunus.sizes import Fact
 from prunus.surgery import Receipt, apply
@@ -36,10 +37,12 @@ __all__ = [
     "__version__",
     "apply",
     "cost",
+    "freeze",
     "functions",
     "importance",
     "prune",
     "pruner",
+    "remove_rule",
     "rule",
     "utils",
     "verify",

@@ -16,21 +16,24 @@ from torch.nn.modules.conv import _ConvNd
 
 from prunus.coupling import Coupling, Family, couple
 from prunus.coupling.explain import explain, why_not
+from prunus.coupling.groups import runs_of
 from prunus.errors import InputError, SurgeryError
 from prunus.functions import (
     PruningFn,
+    functions_for,
     is_in_channel_fn,
     is_out_channel_fn,
     prune_parameter_in_channels,
     prune_parameter_out_channels,
 )
 from prunus.group import Dependency, Group, GroupItem, Side, Sides, find_sides
+from prunus.hints import apply_hints, chosen_layers
 from prunus.importance import current_positions
 from prunus.labels import Ids
 from prunus.plan import Alive, Plan, everything_alive, make_plan
 from prunus.sizes import Fact
 from prunus.surgery import Receipt, apply
-from prunus.tracing import ForwardFn, Inputs, Trace, trace
+from prunus.tracing import ForwardFn, Inputs, trace
 
 
 def _lacking(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> list[Ids]:
@@ -75,6 +78,8 @@ class DependencyGraph:
         self._sides: Sides | None = None
         self._alive: Alive | None = None
         self._history: list[Plan] = []
+        self._pruners: dict[Any, Any] = {}
+        self._only: dict[int, int] = {}
         self.facts: tuple[Fact, ...] = ()
 
     def build_dependency(  # noqa: PLR0913, PLR0917 - the signature that users know
@@ -85,9 +90,11 @@ class DependencyGraph:
         output_transform: Callable[[Any], Any] | None = None,
         unwrapped_parameters: Any = None,
         customized_pruners: Any = None,
-        ignored_layers: Sequence[nn.Module] = (),
-        ignored_params: Sequence[nn.Parameter] = (),
+        ignored_layers: Sequence[Any] = (),
+        ignored_params: Sequence[Any] = (),
         verbose: bool = True,
+        *,
+        device: str | torch.device | None = None,
     ) -> DependencyGraph:
         """Trace the model and find all its groups.
 
@@ -96,48 +103,41 @@ class DependencyGraph:
             example_inputs: a tensor, a tuple of positional or a dict of keyword arguments.
             forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
             output_transform: picks from the output what must keep its sizes.
-            unwrapped_parameters: accepted for old scripts; bare parameters are found by themselves.
-            customized_pruners: not supported yet; custom layers are traced like any other code.
-            ignored_layers: modules whose output widths must stay.
-            ignored_params: parameters that must stay as they are.
+            unwrapped_parameters: pairs (parameter, dim), or a dict: of such a parameter only that dim may shrink. Bare
+                parameters are found by themselves without it.
+            customized_pruners: a dict from modules, names or types to a :class:`~prunus.BasePruningFunc` each; these
+                layers are not looked into. See also :meth:`register_customized_layer`.
+            ignored_layers: modules whose output widths must stay, also as names, name patterns ("backbone.*") or types;
+                parameters and :func:`prunus.freeze` hints too.
+            ignored_params: parameters (or names of some, or hints) that must stay as they are.
             verbose: accepted for old scripts.
+            device: "meta" to trace without data or copies, for models too big to run (models on meta always are).
 
         Raises:
             InputError: the model cannot run on the inputs, or an ignored layer is not part of it.
         """
-        if customized_pruners:
-            raise InputError("customized_pruners are not supported: custom layers are traced like any other code")
-        found = trace(getattr(model, "_orig_mod", model), example_inputs, forward_fn, output_transform)
-        self._freeze(found, tuple(ignored_layers or ()), tuple(ignored_params or ()))
+        pruners = {**self._pruners, **(customized_pruners or {})}
+        found = trace(getattr(model, "_orig_mod", model), example_inputs, forward_fn, output_transform, device, pruners)
+        self._only = apply_hints(found, tuple(ignored_layers or ()), tuple(ignored_params or ()), unwrapped_parameters)
         self._coupling, self._sides = couple(found), None
         self._alive = everything_alive(self._coupling)
         self._history = []
         return self
 
-    @staticmethod
-    def _freeze(found: Trace, layers: Sequence[Any], params: Sequence[Any]) -> None:
-        """Freeze what the caller wants to keep: the outputs of layers, all dims of parameters."""
-        inside = {id(m) for m in found.modules.values()}
-        chosen: set[int] = set()
-        whole = {id(p) for p in (*params, *(x for x in layers if isinstance(x, torch.Tensor)))}
-        for layer in layers:
-            if isinstance(layer, torch.Tensor):
-                continue
-            if not isinstance(layer, nn.Module):
-                raise InputError(f"ignored_layers holds {layer!r}, which is no module; pass modules of the model")
-            if id(layer) not in inside:
-                raise InputError(f"ignored_layers holds a {type(layer).__name__} that is not part of the model")
-            chosen |= {id(m) for m in layer.modules()}
-        if not chosen and not whole:
-            return
-        read = found.ledger.only_read
-        for held in found.held:
-            owners = {id(found.modules[p.module]) for p in held.places}
-            for start, n in zip(held.starts, held.shape, strict=True):
-                if start < 0:
-                    continue
-                if id(held.tensor) in whole or (owners & chosen and start not in read):
-                    found.ledger.freeze(np.arange(start, start + n), "the caller asked to leave this layer alone")
+    def register_customized_layer(self, layer_type: Any, layer_pruner: Any) -> None:
+        """Say how a layer that tracing cannot or should not look into is pruned; call it before build_dependency.
+
+        Args:
+            layer_type: a module of the model, its name or name pattern, or a type of modules.
+            layer_pruner: an instance of a :class:`~prunus.BasePruningFunc` with the four methods.
+        """
+        self._pruners[layer_type] = layer_pruner
+
+    def get_pruner_of_module(self, module: nn.Module) -> Any:
+        """The customised pruner of a layer, or the pair of functions that prune its outputs and its inputs."""
+        paths = [path for path, m in self.coupling.trace.modules.items() if m is module]
+        found = next((p for path, p in self.coupling.trace.pruners.items() if path in paths), None)
+        return functions_for(module) if found is None else found
 
     @property
     def coupling(self) -> Coupling:
@@ -169,7 +169,7 @@ class DependencyGraph:
     def sides(self) -> Sides:
         """The layers as the graph sees them."""
         if self._sides is None:
-            self._sides = find_sides(self.coupling)
+            self._sides = find_sides(self.coupling, self._only)
         return self._sides
 
     def sides_of(self, units: Ids) -> list[Side]:
@@ -250,10 +250,12 @@ class DependencyGraph:
         The groups may be pruned while iterating.
 
         Args:
-            ignored_layers: modules whose outputs must stay; groups that would cut them are left out.
+            ignored_layers: modules (or names, patterns, types, parameters) whose outputs must stay; groups that would
+                cut them are left out.
             root_module_types: layers that may be the root of a group.
         """
-        ignored = {id(m) for layer in ignored_layers or () if isinstance(layer, nn.Module) for m in layer.modules()}
+        ignored, others = chosen_layers(self.model, ignored_layers or (), "ignored_layers")
+        ignored |= {id(tensor) for tensor in others}
         visited = np.zeros(self.coupling.units.total, dtype=bool)
         movable = self.coupling.movable
         for side in self.sides.ordered:
@@ -283,19 +285,20 @@ class DependencyGraph:
         coupling = self.coupling
         gone = coupling.atoms_of(units)
         gone = gone[alive[gone]]
-        place = {int(u): k for k, u in enumerate(units.tolist())}
+        ranks = np.argsort(units, kind="stable")
         by_dim = self.sides.by_dim
         order: dict[int, tuple[Side, list[int], list[int]]] = {}
         axis = np.searchsorted(coupling.axis_start, gone, side="right") - 1
-        for k in np.unique(axis[axis >= 0]).tolist():
+        for k, atoms in runs_of(axis[axis >= 0], gone[axis >= 0]):
             held, dim = int(coupling.axis_held[k]), int(coupling.axis_dim[k])
             side = by_dim.get((held, dim))
-            here = gone[axis == k] - coupling.axis_start[k]
+            here = atoms - coupling.axis_start[k]
             here = here[here < coupling.trace.held[held].shape[dim]]
             if side is None or here.size == 0 or (id(side) in order and order[id(side)][0] is side):
                 continue
-            atoms = here + coupling.axis_start[k]
-            roots = [place.get(int(u), 0) for u in coupling.unit_of_atom[atoms].tolist()]
+            cut = coupling.unit_of_atom[here + coupling.axis_start[k]]
+            spot = ranks[np.searchsorted(units, cut, sorter=ranks).clip(max=units.size - 1)]
+            roots = np.where(units[spot] == cut, spot, 0).tolist()
             now = current_positions(coupling.trace.held[held], dim, alive, here).tolist()
             order[id(side)] = (side, now, roots)
         first = order.pop(id(root), None)

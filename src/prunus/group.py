@@ -59,7 +59,7 @@ class Dependency:
 
     def is_triggered_by(self, fn: PruningFn) -> bool:
         """Whether ``fn`` is what makes this cut necessary."""
-        return fn is self.trigger
+        return fn == self.trigger
 
     def __str__(self) -> str:
         return f"{self.trigger.__name__} on {self.source} => {self.handler.__name__} on {self.target}"
@@ -110,15 +110,20 @@ def _nodes(trace: Trace) -> list[tuple[Node | None, bool]]:
         path = place.layer
         if path not in layers:
             user = trace.modules[path]
-            layers[path] = None if functions_for(user) is None else Node(path, user)
+            known = path in trace.pruners or functions_for(user) is not None
+            layers[path] = Node(path, user) if known else None
         layer = layers[path]
         bare = Node(place.full, getattr(owner, place.name)) if layer is None and place.kind == "parameter" else None
         found.append((layer or bare, layer is not None))
     return found
 
 
-def find_sides(coupling: Coupling) -> Sides:
-    """Which tensor dims belong to which side of which layer; each dim of a bare parameter is a side of its own."""
+def find_sides(coupling: Coupling, only: Mapping[int, int] | None = None) -> Sides:
+    """Which tensor dims belong to which side of which layer; each dim of a bare parameter is a side of its own.
+
+    ``only``: the one dim that counts of some held tensors.
+    """
+    only = only or {}
     nodes = _nodes(coupling.trace)
     consumers = coupling.consumers
     dims: dict[tuple[int, bool, int], list[tuple[int, int]]] = {}
@@ -127,7 +132,7 @@ def find_sides(coupling: Coupling) -> Sides:
     first_units = coupling.unit_of_atom[coupling.axis_start].tolist()
     for held, dim, unit in zip(coupling.axis_held.tolist(), coupling.axis_dim.tolist(), first_units, strict=True):
         node, is_layer = nodes[held]
-        if node is None or (dim > 1 and is_layer):
+        if node is None or (dim > 1 and is_layer) or only.get(held, dim) != dim:
             continue
         reads = (held, dim) in consumers
         if reads and is_layer and reading.setdefault(id(node.module), unit) != unit:
@@ -137,12 +142,20 @@ def find_sides(coupling: Coupling) -> Sides:
     ordered, by_layer, by_dim = [], {}, {}
     for (module, reads, _), found in dims.items():
         node = by_id[module]
-        pair = functions_for(node.module) or (prune_parameter_out_channels, prune_parameter_in_channels)
+        pair = _pair(coupling.trace, node)
         side = Side(node, pair[1] if reads else pair[0], tuple(found))
         ordered.append(side)
         by_layer[module, reads] = side  # of a bare parameter: the last dim, which is the one that its functions cut
         by_dim.update(dict.fromkeys(found, side))
     return Sides(tuple(ordered), by_layer, by_dim)
+
+
+def _pair(trace: Trace, node: Node) -> tuple[PruningFn, PruningFn]:
+    """What cuts the outputs of a layer, and what cuts its inputs."""
+    own = trace.pruners.get(node.name)
+    if own is not None:
+        return own.prune_out_channels, own.prune_in_channels
+    return functions_for(node.module) or (prune_parameter_out_channels, prune_parameter_in_channels)
 
 
 class Group:

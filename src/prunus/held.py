@@ -15,9 +15,14 @@ from torch.nn.parameter import is_lazy
 from prunus.errors import InputError
 from prunus.labels import Ids
 
+CHANNELS = "<channels>"  # the name under which the channels of a customised layer stand among the tensors
+
 
 class Place(NamedTuple):
-    """Where a tensor hangs: ``module`` (its path) and ``name`` in it; ``kind`` is parameter, buffer or attribute."""
+    """Where a tensor hangs: ``module`` (its path) and ``name`` in it; ``kind`` is parameter, buffer or attribute.
+
+    A fourth kind, channels, stands for what a customised layer makes (dim 0) and reads (the last dim).
+    """
 
     module: str
     name: str
@@ -46,12 +51,16 @@ def layer_of(path: str) -> str:
 
 
 class Held(NamedTuple):
-    """A tensor that the model keeps, every place where it hangs, and the first atom of each of its dims (-1: none)."""
+    """A tensor that the model keeps, every place where it hangs, and the first atom of each of its dims (-1: none).
+
+    A tensor of a customised layer ``follows`` channels: (its dim, the channels, their dim, positions for each of them).
+    """
 
     tensor: torch.Tensor
     places: list[Place]
     shape: tuple[int, ...]
     starts: list[int]
+    follows: tuple[tuple[int, Held, int, int], ...] | None = None
 
     @property
     def name(self) -> str:
@@ -60,10 +69,13 @@ class Held(NamedTuple):
 
     def left(self, alive: NDArray[np.bool_]) -> list[int]:
         """The shape of the tensor with only the ``alive`` atoms."""
-        return [
+        sizes = [
             int(np.count_nonzero(alive[start : start + n])) if start >= 0 else n
             for n, start in zip(self.shape, self.starts, strict=True)
         ]
+        for dim, channels, axis, step in self.follows or ():
+            sizes[dim] -= step * (channels.shape[axis] - channels.left(alive)[axis])
+        return sizes
 
 
 _NO_TENSOR = frozenset({bool, int, float, str, dict, list, tuple, set, OrderedDict, type(None)})

@@ -33,7 +33,7 @@ _MAKES = frozenset(
     ]
 )
 _COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
-_READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__})
+_READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr})
 
 _SIZED = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "repeat", "slice", "narrow"]) | {
     *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unflatten", "as_strided"),
@@ -122,6 +122,13 @@ class Tracer(TorchDispatchMode):
         held = self._storages.get(target.untyped_storage().data_ptr())
         if held is not None and id(held) not in self._overwritten:
             self._overwritten[id(held)] = (held, held.detach().clone())
+
+    def alias(self, tensor: torch.Tensor, twin: torch.Tensor) -> bool:
+        """Let ``twin``, which the caller keeps, stand for a tensor that the model keeps; false if it keeps none."""
+        index = self._index.get(id(tensor))
+        if index is not None:
+            self._index[id(twin)] = index
+        return index is not None
 
     def labels_of(self, tensor: torch.Tensor) -> Labelled:
         """What is known of a tensor."""

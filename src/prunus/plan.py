@@ -7,8 +7,8 @@ copy of the model that it was made for.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,6 +83,7 @@ class Plan:
     before: Footprint
     after: Footprint
     mirrors: tuple[Mirror, ...] = field(default=())
+    pruners: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # of customised layers
 
     def __len__(self) -> int:
         return len(self.removals)
@@ -96,11 +97,11 @@ class Plan:
         lines += [f"  {s.attribute} = {s.value}" for s in self.settings]
         return "\n".join(lines)
 
-    def apply(self, model: Any, optimizer: Any = None) -> Receipt:
+    def apply(self, model: Any, optimizer: Any = None, customized_pruners: Mapping[Any, Any] | None = None) -> Receipt:
         """Cut ``model`` in place; see :func:`prunus.surgery.apply`."""
         from prunus.surgery import apply
 
-        return apply(model, self, optimizer)
+        return apply(model, self, optimizer, customized_pruners)
 
     def then(self, later: Plan) -> Plan:
         """One plan that does this one and then ``later``."""
@@ -120,11 +121,14 @@ class Plan:
             merged[r.tensor, r.dim] = Removal(r.tensor, r.dim, old.size, tuple(gone))
         settings = {s.attribute: s for s in (*self.settings, *later.settings)}
         mirrors = tuple(dict.fromkeys((*self.mirrors, *later.mirrors)))
-        return Plan(tuple(merged.values()), tuple(settings.values()), self.before, later.after, mirrors)
+        pruners = {**self.pruners, **later.pruners}
+        return Plan(tuple(merged.values()), tuple(settings.values()), self.before, later.after, mirrors, pruners)
 
     def to_json(self) -> str:
         """The plan as a JSON text."""
-        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1)
+        data = asdict(replace(self, pruners={}))  # code is not written: pass customized_pruners to apply()
+        del data["pruners"]
+        return json.dumps({"format": FORMAT, **data}, indent=1)
 
     @classmethod
     def from_json(cls, text: str) -> Plan:
@@ -216,8 +220,8 @@ def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact
             raise SurgeryError(f"{left} positions would be left where {limit.reason}; the plan was not made")
     settings = _settings(coupling, after)
     mirrors = _mirrors(coupling, facts)
-    plan = Plan(tuple(removals), settings, footprint(coupling, alive), footprint(coupling, after), mirrors)
-    return plan, after
+    before, then = footprint(coupling, alive), footprint(coupling, after)
+    return Plan(tuple(removals), settings, before, then, mirrors, coupling.trace.pruners), after
 
 
 def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:

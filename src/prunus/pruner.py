@@ -45,7 +45,15 @@ def score_with(graph: DependencyGraph, importance: Criterion) -> Callable[[UnitG
         sides = graph.sides_of(group.units)
         if not sides:
             return None
-        found = importance(Group(graph, left, sides[0]))
+        try:
+            found = importance(Group(graph, left, sides[0]))
+        except NotImplementedError as error:
+            if any(p.is_meta for p in graph.model.parameters()):
+                raise InputError(
+                    "the model is on the meta device and its weights have no values to score; score a real copy and "
+                    "apply the plan here, or pass importance=prunus.importance.RandomImportance()"
+                ) from error
+            raise
         if found is None:
             return None
         if found.shape != (len(left),):
@@ -74,6 +82,8 @@ class BasePruner:
         root_module_types: layers whose outputs may be pruned.
         forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
         output_transform: picks from the output what must keep its sizes.
+        unwrapped_parameters: see :meth:`DependencyGraph.build_dependency`.
+        customized_pruners: see :meth:`DependencyGraph.build_dependency`.
 
     Raises:
         InputError: an argument is out of range or the model cannot run.
@@ -107,6 +117,8 @@ class BasePruner:
         forward_fn: ForwardFn | None = None,
         output_transform: Callable[[Any], Any] | None = None,
         ch_sparsity: float | None = None,
+        unwrapped_parameters: Any = None,
+        customized_pruners: Mapping[Any, Any] | None = None,
     ) -> None:
         self.model = model
         self.importance = importance or MagnitudeImportance()
@@ -122,7 +134,13 @@ class BasePruner:
         self._schedule = iterative_pruning_ratio_scheduler
         self._check()
         self.DG = DependencyGraph().build_dependency(
-            model, example_inputs, forward_fn, output_transform, ignored_layers=self.ignored_layers
+            model,
+            example_inputs,
+            forward_fn,
+            output_transform,
+            unwrapped_parameters,
+            customized_pruners,
+            self.ignored_layers,
         )
         self._families = [f for f in default_families(self.DG.coupling) if self._has_root(f)]
         self._ratios = [self._ratio(f) for f in self._families]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,6 +68,9 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     output_transform: Callable[[Any], Any] | None = None,
     facts: Sequence[Fact] = (),
     optimizer: Any = None,
+    unwrapped_parameters: Any = None,
+    customized_pruners: Mapping[Any, Any] | None = None,
+    device: Any = None,
 ) -> PruneResult:
     """Cut ``model`` in place to a target: the least important channels, head dims and neurons go.
 
@@ -84,6 +87,9 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         output_transform: picks from the output what must keep its sizes (default: every tensor in it).
         facts: attributes that equal a width by construction and that no traced op reads.
         optimizer: an optimiser whose state is cut too.
+        unwrapped_parameters: see :meth:`DependencyGraph.build_dependency`.
+        customized_pruners: see :meth:`DependencyGraph.build_dependency`.
+        device: see :meth:`DependencyGraph.build_dependency`.
 
     Raises:
         InputError: an argument cannot be used; nothing was changed.
@@ -103,7 +109,14 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     if not 0 < max_pruning_ratio <= 1:
         raise InputError(f"max_pruning_ratio={max_pruning_ratio!r}: must be above 0 and at most 1")
     graph = DependencyGraph().build_dependency(
-        model, example_inputs, forward_fn, output_transform, ignored_layers=ignored_layers
+        model,
+        example_inputs,
+        forward_fn,
+        output_transform,
+        unwrapped_parameters,
+        customized_pruners,
+        ignored_layers,
+        device=device,
     )
     graph.facts = tuple(facts)
     families = default_families(graph.coupling)

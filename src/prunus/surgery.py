@@ -21,6 +21,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from prunus.errors import SurgeryError
+from prunus.handlers import layer_cuts, tensor_removals
 from prunus.held import layer_of
 from prunus.plan import Mirror, Plan, Removal
 from prunus.sizes import attribute_home
@@ -52,7 +53,12 @@ class Receipt:
             self.on_undo = None
 
 
-def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None = None) -> Receipt:
+def apply(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None = None,
+    customized_pruners: Mapping[Any, Any] | None = None,
+) -> Receipt:
     """Cut ``model`` in place, all or nothing.
 
     Parameters keep their identity: optimisers, tied layers and your own references still point at them. Gradients and
@@ -62,12 +68,14 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
         model: the model the plan was made for, or a copy of it.
         plan: what to remove.
         optimizer: an optimiser over the model's parameters.
+        customized_pruners: what prunes customised layers (a plan read from a file does not know).
 
     Raises:
         SurgeryError: the plan does not fit; the model is as it was.
     """
     receipt = Receipt(plan)
     changes = _prepare(model, plan, optimizer)
+    changes += [Change(cut.do, cut.undo) for cut in layer_cuts(model, plan, customized_pruners or {}, optimizer)]
     try:
         for change in changes:
             change.do()
@@ -87,7 +95,7 @@ def apply(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None 
 def _prepare(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> list[Change]:
     """Every change, computed and checked, none made."""
     by_tensor: dict[str, list[Removal]] = {}
-    for removal in plan.removals:
+    for removal in tensor_removals(plan):
         by_tensor.setdefault(removal.tensor, []).append(removal)
     aliases = _aliases(model)
     twins: dict[Any, list[nn.Parameter]] = {}
@@ -236,7 +244,7 @@ def _swap_state(
 
 def _cut_layers(model: nn.Module, plan: Plan) -> set[str]:
     """The paths of the layers that use a tensor which was cut."""
-    cut = {id(_attribute(model, removal.tensor)) for removal in plan.removals}
+    cut = {id(_attribute(model, removal.tensor)) for removal in tensor_removals(plan)}
     return {
         layer_of(path)
         for path, module in model.named_modules()

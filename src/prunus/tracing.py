@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -19,7 +19,9 @@ from torch import nn
 from prunus.errors import InputError, PrunusError
 from prunus.held import Held, Modules, held_tensors
 from prunus.labels import Ledger
+from prunus.meta import MetaFunctionMode, MetaMode, OverwrittenError, no_values, runs_without_data
 from prunus.modes import Event, FunctionMode, Tracer
+from prunus.opaque import Customized, OpaqueTracer, find_customized, stand_in
 from prunus.sizes import mark_attributes
 from prunus.untouched import untouched
 
@@ -35,6 +37,7 @@ class Trace:
     unsupported: Mapping[str, tuple[str, ...]]  # op without rule -> modules in which it ran
     unread: tuple[str, ...]  # parameters that no op of the run has read
     modules: Mapping[str, nn.Module]  # every path of every module
+    pruners: Mapping[str, Any] = field(default_factory=dict)  # path of each customised layer -> what prunes it
 
 
 Inputs = Any
@@ -57,6 +60,8 @@ def trace(
     example_inputs: Inputs,
     forward_fn: ForwardFn | None = None,
     output_transform: Callable[[Any], Any] | None = None,
+    device: str | torch.device | None = None,
+    pruners: Mapping[Any, Any] | None = None,
 ) -> Trace:
     """Run the model once in eval mode and record what every op does to labels.
 
@@ -65,27 +70,53 @@ def trace(
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments, on the model's device.
         forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
         output_transform: picks, from the output, what must keep its sizes (default: every tensor in it).
+        device: "meta" to trace without data, whatever device the model is on (models on meta always are).
+        pruners: what prunes the layers (modules, names or types) that are not looked into.
 
     Raises:
         InputError: the model cannot run on the inputs.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
-    try:
-        return _trace(model, example_inputs, forward_fn, output_transform, torch.inference_mode())
-    except PrunusError:
-        raise
-    except Exception:  # some models differentiate while they run, which inference mode forbids
-        pass
-    try:
-        return _trace(model, example_inputs, forward_fn, output_transform, torch.no_grad())
-    except PrunusError:
-        raise
-    except Exception as error:
-        raise InputError(
-            f"the model cannot run on the example inputs ({type(error).__name__}: {error}); call it with the same "
-            "inputs in eval mode to see where, and pass a tensor, a tuple of arguments, a dict, or a forward_fn"
-        ) from error
+    layers = find_customized(model, pruners) if pruners else ()
+    empty = runs_without_data(model, device)
+    ways: list[_Way] = [
+        (torch.inference_mode, _modes),
+        (torch.no_grad, _modes),
+    ]  # some models differentiate as they run
+    if empty:
+        ways = [(torch.inference_mode, _modes_without_data), (torch.inference_mode, _strictly_without_data)]
+        ways.append((torch.no_grad, _modes_without_data))
+    failure: Exception | None = None
+    for guard, modes in ways:
+        try:
+            return _trace(model, example_inputs, forward_fn, output_transform, guard(), modes, layers)
+        except PrunusError:
+            raise
+        except Exception as error:
+            failure = error if failure is None or not empty or isinstance(failure, OverwrittenError) else failure
+    if failure is not None and empty:
+        raise no_values(model, failure) from failure
+    raise InputError(
+        f"the model cannot run on the example inputs ({type(failure).__name__}: {failure}); call it with the same "
+        "inputs in eval mode to see where, and pass a tensor, a tuple of arguments, a dict, or a forward_fn"
+    ) from failure
+
+
+_Modes: TypeAlias = "Callable[[Tracer], Sequence[AbstractContextManager[Any]]]"
+_Way: TypeAlias = "tuple[Callable[[], AbstractContextManager[Any]], _Modes]"
+
+
+def _modes(tracer: Tracer) -> Sequence[AbstractContextManager[Any]]:
+    return FunctionMode(tracer), tracer
+
+
+def _modes_without_data(tracer: Tracer) -> Sequence[AbstractContextManager[Any]]:
+    return MetaFunctionMode(tracer), tracer, MetaMode(tracer, strict=False)
+
+
+def _strictly_without_data(tracer: Tracer) -> Sequence[AbstractContextManager[Any]]:
+    return MetaFunctionMode(tracer), tracer, MetaMode(tracer, strict=True)
 
 
 def _trace(
@@ -94,16 +125,19 @@ def _trace(
     forward_fn: ForwardFn | None,
     output_transform: Callable[[Any], Any] | None,
     guard: AbstractContextManager[Any],
+    modes: _Modes,
+    layers: Sequence[Customized],
 ) -> Trace:
     """One recorded run, without gradients."""
     ledger = Ledger()
     modules = list(model.named_modules(remove_duplicate=False))
     held, index = held_tensors(modules)
     once: Modules = [(path, m) for m, path in {m: path for path, m in reversed(modules)}.items()]
-    tracer = Tracer(ledger, held, index, once)
+    own = stand_in(layers, held, index) if layers else None
+    tracer = Tracer(ledger, held, index, once) if own is None else OpaqueTracer(ledger, held, index, once, own)
     with untouched(model, [m for _, m in once], values=False), tracer.protecting(), ExitStack() as stack:
-        stack.enter_context(_marked(once, ledger))
-        for context in (guard, _without_mha_fastpath(), tracer.following_modules(), FunctionMode(tracer), tracer):
+        stack.enter_context(_marked(once if own is None else own.visible(once), ledger))
+        for context in (guard, _without_mha_fastpath(), tracer.following_modules(), *modes(tracer)):
             stack.enter_context(context)
 
         def run() -> None:
@@ -124,14 +158,19 @@ def _trace(
             unread = {id(h.tensor) for h in held if max(h.starts, default=-1) < 0}
             tracer.siblings.call_unreached(unread, tracer.labels_of, tensors_in, ledger)
             del ledger.macs[counted:]
+        if isinstance(tracer, OpaqueTracer):
+            tracer.close()
     unsupported = {name: tuple(dict.fromkeys(where)) for name, where in tracer.unsupported.items()}
-    return Trace(model, tuple(held), ledger, tuple(tracer.events), unsupported, _unread(held), dict(modules))
+    pruned = {layer.path: layer.pruner for layer in layers}
+    return Trace(model, tuple(held), ledger, tuple(tracer.events), unsupported, _unread(held), dict(modules), pruned)
 
 
 def _unread(held: Sequence[Held]) -> tuple[str, ...]:
     """The parameters that no op has read."""
     return tuple(
-        h.name for h in held if h.starts and max(h.starts) < 0 and h.places[0].kind == "parameter" and max(h.shape) > 1
+        h.name
+        for h in held
+        if h.starts and max(h.starts) < 0 and h.places[0].kind == "parameter" and h.follows is None and max(h.shape) > 1
     )
 
 

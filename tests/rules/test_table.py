@@ -70,7 +70,9 @@ def test_in_place_form_has_the_rule_of_its_base(name) -> None:
 def test_second_rule_is_refused() -> None:
     """Two rules for one op are a mistake, and the first one stays."""
     before = lookup(aten.relu.default)
-    with pytest.raises(ValueError, match=r"aten\.linear has a rule already: prunus\.rules\.contractions\.linear"):
+    with pytest.raises(
+        prunus.InputError, match=r"aten\.linear has a rule already: prunus\.rules\.contractions\.linear"
+    ):
         rule(aten.linear)(lambda op, x: x.dims)
     assert lookup(aten.relu.default) is before
 

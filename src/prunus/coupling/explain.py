@@ -48,13 +48,17 @@ def _reasons(coupling: Coupling, units: Ids) -> dict[str, int]:
     """Why units may not go, and how many for each reason (units that go with a row that may go count as free)."""
     stuck = np.unique(units[~coupling.removable[units]])
     reasons: dict[str, int] = {}
-    known: dict[tuple[int, int], str] = {}
-    for unit in stuck.tolist():
-        fine = int(coupling.units.fine_of(np.array([unit]))[0])
-        key = (fine, int(coupling.bundling.lane_of[unit]))
+    if stuck.size == 0:
+        return reasons
+    keys = np.stack((coupling.units.fine_of(stuck), coupling.bundling.lane_of[stuck]), axis=1)
+    changes = np.flatnonzero(np.concatenate(([True], (keys[1:] != keys[:-1]).any(axis=1))))
+    counts = np.diff(np.concatenate((changes, [stuck.size]))).tolist()
+    kinds = map(tuple, keys[changes].tolist())
+    known: dict[tuple[int, ...], str] = {}
+    for unit, key, count in zip(stuck[changes].tolist(), kinds, counts, strict=True):
         if key not in known:
             known[key] = why_not(coupling, unit)
-        reasons[known[key]] = reasons.get(known[key], 0) + 1
+        reasons[known[key]] = reasons.get(known[key], 0) + count
     return reasons
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -66,8 +67,7 @@ class UnitGroup:
         order = order[axis[order] >= 0]
         axis, position = axis[order], position[order]
         parts = []
-        for k in np.unique(axis).tolist():
-            index = position[axis == k] - found.axis_start[k]
+        for k, index in runs_of(axis, position - found.axis_start[axis]):
             parts.append(Slice(int(found.axis_held[k]), int(found.axis_dim[k]), index.reshape(len(self.units), -1)))
         return tuple(parts)
 
@@ -154,7 +154,9 @@ class Coupling:
         return found
 
     def atoms_of(self, units: Ids) -> Ids:
-        """Every atom that goes with a set of units."""
+        """Every atom that goes with a set of units, ascending."""
+        if units.size < self.units.total // 16:
+            return self._atoms_of_few(units)
         chosen = np.zeros(self.units.total, dtype=bool)
         chosen[units] = True
         gone = chosen[self.unit_of_atom]
@@ -165,11 +167,43 @@ class Coupling:
                     gone[start : start + self.pieces.length[piece]] = True
         return np.flatnonzero(gone)
 
+    def _atoms_of_few(self, units: Ids) -> Ids:
+        """The same without looking at every atom of the model."""
+        own, pieces = self.units, self.pieces
+        units = np.unique(units)
+        fine = own.fine_of(units)
+        begins = np.flatnonzero(np.concatenate(([True], fine[1:] != fine[:-1])))[: units.size]
+        fines, many = fine[begins], np.diff(np.concatenate((begins, [units.size])))
+        order, first = self._pieces_of_fine
+        count = first[fines + 1] - first[fines]
+        piece, run = order[_spans(first[fines], count)], np.repeat(np.arange(fines.size), count)
+        by = np.argsort(piece, kind="stable")
+        piece, run = piece[by], run[by]
+        atoms = np.repeat(pieces.start[piece] - own.base[fines[run]], many[run]) + units[_spans(begins[run], many[run])]
+        taken = [own.takes[f] for f in fines.tolist() if f in own.takes]
+        if not taken:
+            return atoms
+        whole = np.unique(np.concatenate(taken))
+        return np.union1d(atoms, _spans(pieces.start[whole], pieces.length[whole]))
+
     def alive_units(self, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which units are left, given the atoms that are."""
         found = np.zeros(self.units.total, dtype=bool)
         found[self.unit_of_atom[alive]] = True
         return found
+
+
+def runs_of(keys: Ids, values: Ids) -> Iterator[tuple[int, Ids]]:
+    """Each key and its values, for keys in ascending order."""
+    if keys.size:
+        first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
+        yield from zip(keys[first].tolist(), np.split(values, first[1:]), strict=True)
+
+
+def _spans(start: Ids, length: Ids) -> Ids:
+    """``start[k], start[k] + 1, ...``, ``length[k]`` of them, for each k."""
+    ends = np.cumsum(length)
+    return np.repeat(start - ends + length, length) + np.arange(int(ends[-1]) if ends.size else 0)
 
 
 def couple(trace: Trace) -> Coupling:

@@ -23,7 +23,8 @@ class BasePruningFunc(ABC):
     prune_out_channels` in the class body. The methods change one layer; dependencies are the graph's.
 
     Args:
-        pruning_dim: The dimension that is cut, for layers that have a choice.
+        pruning_dim: The dimension of the channels in what flows through the layer; 1, the default, means dim 1 of
+            tensors with more than two dims (the last one, where only that has as many positions), and else the last.
 
     Example:
         >>> import torch
@@ -45,6 +46,9 @@ class BasePruningFunc(ABC):
 
     TARGET_MODULES: ClassVar[type | tuple[type, ...] | None] = None
     """The layer types that the class handles; None for any."""
+
+    coupled: ClassVar[bool] = False
+    """Whether the input and output channels are the same ones, cut by different methods."""
 
     def __init__(self, pruning_dim: int = 1) -> None:
         self.pruning_dim = pruning_dim

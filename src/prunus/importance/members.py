@@ -45,7 +45,7 @@ def members_of(coupling: Coupling, alive: NDArray[np.bool_], group: UnitGroup, u
         held = coupling.trace.held[part.held]
         index = current_positions(held, part.dim, alive, part.positions[rows])
         owner = coupling.trace.model.get_submodule(held.places[0].module)
-        tensor = getattr(owner, held.places[0].name)
+        tensor = held.tensor if held.places[0].kind == "channels" else getattr(owner, held.places[0].name)
         reads = (part.held, part.dim) in coupling.consumers
         found.append(Member(held.name, tensor, owner, part.dim, torch.from_numpy(index), reads))
     return found

@@ -17,7 +17,7 @@ from prunus.rules import (
     views,
     writing,
 )
-from prunus.rules.table import Op, lookup, rule
+from prunus.rules.table import Op, lookup, remove_rule, rule
 
 __all__ = [
     "Op",
@@ -32,6 +32,7 @@ __all__ = [
     "pointwise",
     "recurrent",
     "reductions",
+    "remove_rule",
     "routing",
     "rule",
     "signals",

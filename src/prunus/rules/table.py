@@ -27,6 +27,7 @@ import numpy as np
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
+from prunus.errors import InputError
 from prunus.labels import Dims, Ids, Label, Labelled, Ledger
 
 Result: TypeAlias = "Dims | list[Dims | None] | None"
@@ -34,6 +35,7 @@ Rule: TypeAlias = Callable[..., Result]
 F = TypeVar("F", bound=Rule)
 
 _TABLE: dict[OpOverload | OpOverloadPacket | str, Rule] = {}
+_REPLACED: dict[OpOverload | OpOverloadPacket | str, list[Rule]] = {}
 
 NEEDS_DTYPES = frozenset(["index", "index_put", "_grouped_mm"])
 """Ops that mean something else for masks than for numbers, or whose widths are limited by the size of an element."""
@@ -179,13 +181,16 @@ class Op:
         self.ledger.count_macs(factor, rows)
 
 
-def rule(*ops: OpOverload | OpOverloadPacket | str) -> Callable[[F], F]:
-    """Register the decorated function as the rule of ``ops``: an overload, or a packet for all its overloads.
+def rule(*ops: Any, override: bool = False) -> Callable[[F], F]:
+    """Register the decorated function as the rule of ``ops``.
 
-    Ops of a library that may not be there are given by name, such as ``"torchvision::nms"``.
+    Args:
+        ops: overloads, packets for all their overloads, what ``torch.library.custom_op`` returns, or names such as
+            ``"torchvision::nms"`` for ops of a library that may not be there.
+        override: replace the rule that an op has; :func:`remove_rule` brings the old one back.
 
     Raises:
-        ValueError: if one of the ops has a rule already.
+        InputError: one of the ops has a rule already, or is no op.
 
     Example:
         >>> import torch, prunus
@@ -193,17 +198,52 @@ def rule(*ops: OpOverload | OpOverloadPacket | str) -> Callable[[F], F]:
         >>> prunus.rules.lookup(torch.ops.aten.relu.default) is pointwise.pointwise
         True
     """
+    found = [_registered(op) for op in ops]
 
     def register(function: F) -> F:
-        for op in ops:
+        for op in found:
+            if op in _TABLE and not override:
+                raise InputError(
+                    f"{op} has a rule already: {_TABLE[op].__module__}.{_TABLE[op].__name__}; "
+                    "pass override=True to replace it, or call prunus.remove_rule first"
+                )
+        for op in found:
             if op in _TABLE:
-                raise ValueError(f"{op} has a rule already: {_TABLE[op].__module__}.{_TABLE[op].__name__}")
-        for op in ops:
+                _REPLACED.setdefault(op, []).append(_TABLE[op])
             _TABLE[op] = function
         _lookup_cache.clear()
         return function
 
     return register
+
+
+def remove_rule(*ops: Any) -> None:
+    """Take back the rule of ``ops``; where it had replaced another one, that one counts again.
+
+    Raises:
+        InputError: one of the ops has no rule of its own.
+    """
+    found = [_registered(op) for op in ops]
+    for op in found:
+        if op not in _TABLE:
+            raise InputError(f"{op} has no rule of its own")
+    for op in found:
+        del _TABLE[op]
+        if _REPLACED.get(op):
+            _TABLE[op] = _REPLACED[op].pop()
+    _lookup_cache.clear()
+
+
+def _registered(op: Any) -> OpOverload | OpOverloadPacket | str:
+    """The op that a user means."""
+    op = getattr(op, "_opoverload", op)
+    if not isinstance(op, (OpOverload, OpOverloadPacket)) and not (isinstance(op, str) and "::" in op):
+        raise InputError(
+            f"{op!r} is no op: pass torch.ops.<library>.<name>, '<library>::<name>', or what "
+            "torch.library.custom_op returned"
+        )
+    found: OpOverload | OpOverloadPacket | str = op
+    return found
 
 
 _lookup_cache: dict[OpOverload, Rule | None] = {}
