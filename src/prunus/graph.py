@@ -35,8 +35,7 @@ from prunus.tracing import ForwardFn, Inputs, Trace, trace
 
 def _shares(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> list[tuple[Ids, int, int, Ids]]:
     """For each lane: its living units, its quota, how many bundles must go, and which of them are begun."""
-    lanes = [lane[living[lane]] for lane in family.lanes]
-    quotas = [len(lane) // family.count for lane in family.lanes]
+    lanes, quotas = family.left(living)
     begun = [np.unique(np.flatnonzero(chosen[lane]) // quota) for lane, quota in zip(lanes, quotas, strict=True)]
     need = max(-(-np.count_nonzero(chosen[lane]) // quota) for lane, quota in zip(lanes, quotas, strict=True))
     bundles = np.unique(np.concatenate(begun))
@@ -164,10 +163,11 @@ class DependencyGraph:
             self._sides = find_sides(self.coupling)
         return self._sides
 
-    def sides_of(self, units: Ids) -> list[Side]:
+    def sides_of(self, units: Ids, coupling: Coupling | None = None) -> list[Side]:
         """The sides of layers that ``units`` cut, in the order in which the model uses them."""
-        groups = self.coupling.group_of_unit[units]
-        slices = [s for k in np.unique(groups[groups >= 0]).tolist() for s in self.coupling.groups[k].slices]
+        coupling = coupling or self.coupling
+        groups = coupling.group_of_unit[units]
+        slices = [s for k in np.unique(groups[groups >= 0]).tolist() for s in coupling.groups[k].slices]
         return [side for s in slices if (side := self.sides.by_dim.get((s.held, s.dim))) is not None]
 
     def _side(self, module: Any, fn: Callable[..., Any]) -> Side:
@@ -305,7 +305,7 @@ class DependencyGraph:
 
     def _plan(self, units: Ids) -> tuple[Plan, Alive]:
         stuck = ~self.coupling.movable[units]
-        if stuck.any():
+        if stuck.any() and not self.coupling.by_rows.movable[units[stuck]].all():
             raise SurgeryError(f"a part of this group may not go: {why_not(self.coupling, int(units[stuck][0]))}")
         return make_plan(self.coupling, self.alive, units, self.facts)
 

@@ -43,7 +43,11 @@ def contract(op: Op, operands: Sequence[Labelled], letters: Sequence[Sequence[in
                 size.setdefault(name, 1)
                 continue
             label = own.rename(names) if own is not None else None
-            found[name] = op.couple(found[name], label) if name in found else label
+            if name in found:
+                label = op.couple(found[name], label)
+                if label is not None and name in out:
+                    op.ledger.batched.append(label.ids)
+            found[name] = label
             size[name] = n
     for name, label in found.items():
         (op.hands_on if name in out else op.reads)(label)
@@ -237,6 +241,7 @@ def _grouped(
         return None, made
     op.ledger.tie(np.broadcast_to(into.ids, ins.shape), ins)
     coarse = op.ledger.rows(ins)
+    op.ledger.batched.append(coarse)
     op.ledger.belong(coarse, outs)
     op.ledger.balance(outs, "groups of a convolution are equally wide")
     op.require_argument(groups, "groups", 6, coarse)
@@ -264,6 +269,7 @@ def _grouped_transposed(
         op.require_argument(groups, "groups", 6, read.ids)
         return read, None, out
     coarse = op.ledger.rows(ins) if ins.shape[1] > 1 else ins.reshape(-1)
+    op.ledger.batched.append(coarse)
     op.ledger.belong(coarse, outs)
     op.ledger.balance(ins, "groups of a convolution are equally wide")
     op.ledger.balance(outs, "groups of a convolution are equally wide")
