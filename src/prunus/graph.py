@@ -38,9 +38,8 @@ from prunus.tracing import ForwardFn, Inputs, trace
 
 def _lacking(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_]) -> list[Ids]:
     """What each lane of a family must lose besides what is ``chosen``, so that all lose the same share, by position."""
-    lanes = [lane[living[lane]] for lane in family.lanes]
-    quotas = [len(lane) // family.count for lane in family.lanes]
-    need = max(-(-int(np.count_nonzero(chosen[lane])) // q) for lane, q in zip(lanes, quotas, strict=True))
+    lanes, quotas = family.left(living)
+    need = max((-(-int(np.count_nonzero(chosen[v])) // q) for v, q in zip(lanes, quotas, strict=True)), default=0)
     if all(need * q >= len(lane) for lane, q in zip(lanes, quotas, strict=True)):
         return [lane[~chosen[lane]] for lane in lanes]
     begun = np.unique(np.concatenate([np.flatnonzero(chosen[v]) // q for v, q in zip(lanes, quotas, strict=True)]))
@@ -172,10 +171,11 @@ class DependencyGraph:
             self._sides = find_sides(self.coupling, self._only)
         return self._sides
 
-    def sides_of(self, units: Ids) -> list[Side]:
+    def sides_of(self, units: Ids, coupling: Coupling | None = None) -> list[Side]:
         """The sides of layers that ``units`` cut, in the order in which the model uses them."""
-        groups = self.coupling.group_of_unit[units]
-        slices = [s for k in np.unique(groups[groups >= 0]).tolist() for s in self.coupling.groups[k].slices]
+        coupling = coupling or self.coupling
+        groups = coupling.group_of_unit[units]
+        slices = [s for k in np.unique(groups[groups >= 0]).tolist() for s in coupling.groups[k].slices]
         return [side for s in slices if (side := self.sides.by_dim.get((s.held, s.dim))) is not None]
 
     def _side(self, module: Any, fn: Callable[..., Any]) -> Side:
@@ -313,7 +313,7 @@ class DependencyGraph:
 
     def _plan(self, units: Ids) -> tuple[Plan, Alive]:
         stuck = ~self.coupling.movable[units]
-        if stuck.any():
+        if stuck.any() and not self.coupling.by_rows.movable[units[stuck]].all():
             raise SurgeryError(f"a part of this group may not go: {why_not(self.coupling, int(units[stuck][0]))}")
         return make_plan(self.coupling, self.alive, units, self.facts)
 

@@ -164,8 +164,9 @@ class Group:
     Iterating gives items ``(dep, idxs)``, the root first; ``print(group)`` shows what triggers what; ``prune()`` cuts.
     """
 
-    def __init__(self, graph: DependencyGraph, units: Ids, root: Side) -> None:
+    def __init__(self, graph: DependencyGraph, units: Ids, root: Side, coupling: Coupling | None = None) -> None:
         self._graph = graph
+        self._coupling = coupling or graph.coupling
         self._root = root
         self._alive = graph.alive
         self.units = units
@@ -178,7 +179,7 @@ class Group:
     @cached_property
     def parts(self) -> Sequence[tuple[torch.Tensor, list[Member]]]:
         """Units of one signature: their places in the group, and what they cut."""
-        coupling, alive = self._graph.coupling, self._alive
+        coupling, alive = self._coupling, self._alive
         kinds = coupling.group_of_unit[self.units]
         found = []
         for k in np.unique(kinds[kinds >= 0]).tolist():

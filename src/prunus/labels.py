@@ -213,6 +213,7 @@ class Ledger:
         self.macs: list[MacTerm] = []
         self.contracted: list[Ids] = []  # dims summed over by a contraction
         self.passed: list[Ids] = []  # dims of operands that a contraction or look-up hands on
+        self.batched: list[Ids] = []  # dims over which a contraction is batched: heads, experts
         self.averaged: list[Ids] = []  # dims over which a norm, mean or attention scale averages
         self.in_values: list[Any] = []  # sizes that entered a computed number, such as an attention scale
         self.uniform: set[int] = set()  # ids (by object) of dims along which all values are equal

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from prunus.coupling import Family, UnitGroup
+from prunus.coupling import Coupling, Family, UnitGroup
 from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import ROOT_TYPES, DependencyGraph
 from prunus.group import Group
+from prunus.heads import Offer, choose_positions, choose_rows, count_rows, offer
 from prunus.importance import MagnitudeImportance
+from prunus.labels import Ids
 from prunus.plan import Plan
 from prunus.report import frozen_text
-from prunus.selection import Policy, choose, default_families, rank, score_units
+from prunus.selection import Policy, Scores, score_units
 from prunus.tracing import ForwardFn, Inputs
 
 Criterion = Callable[[Any], "torch.Tensor | None"]
@@ -33,20 +36,23 @@ def linear_scheduler(ratio: float, steps: int) -> list[float]:
     return [ratio * k / steps for k in range(steps + 1)]
 
 
-def score_with(graph: DependencyGraph, importance: Criterion) -> Callable[[UnitGroup], torch.Tensor | None]:
-    """The criterion as a function of the engine's groups."""
-    living = graph.coupling.alive_units(graph.alive)
+def score_with(
+    graph: DependencyGraph, importance: Criterion, coupling: Coupling | None = None
+) -> Callable[[UnitGroup], torch.Tensor | None]:
+    """The criterion as a function of the engine's groups (those of ``coupling``, default the graph's own)."""
+    coupling = coupling or graph.coupling
+    living = coupling.alive_units(graph.alive)
 
     def score(group: UnitGroup) -> torch.Tensor | None:
         left = group.units[living[group.units]]
         scores = torch.full((len(group.units),), float("inf"), dtype=torch.float32)
         if left.size == 0:
             return scores
-        sides = graph.sides_of(group.units)
+        sides = graph.sides_of(group.units, coupling)
         if not sides:
             return None
         try:
-            found = importance(Group(graph, left, sides[0]))
+            found = importance(Group(graph, left, sides[0], coupling))
         except NotImplementedError as error:
             if any(p.is_meta for p in graph.model.parameters()):
                 raise InputError(
@@ -64,6 +70,49 @@ def score_with(graph: DependencyGraph, importance: Criterion) -> Callable[[UnitG
     return score
 
 
+def score_offer(graph: DependencyGraph, found: Offer, importance: Criterion) -> tuple[Scores, Scores]:
+    """The criterion's scores of the whole rows on offer, and of everything else."""
+    empty = np.full(graph.coupling.units.total, np.nan)
+    rows = score_units(found.by_rows, found.rows, score_with(graph, importance, found.by_rows)) if found.rows else empty
+    return rows, score_units(graph.coupling, found.families, score_with(graph, importance)) if found.families else empty
+
+
+def makers(graph: DependencyGraph, units: Ids, coupling: Coupling | None = None) -> list[Any]:
+    """The layers that make ``units``."""
+    sides = graph.sides_of(units, coupling)
+    return [s.node.module for s in sides if graph.is_out_channel_pruning_fn(s.handler)]
+
+
+def share_for(shares: Mapping[Any, float], modules: Sequence[Any]) -> float | None:
+    """The share that a user's dictionary (module or tuple of modules -> share) gives to one of ``modules``."""
+    wanted = {id(m) for m in modules}
+    for key, share in shares.items():
+        for module in key if isinstance(key, (tuple, list)) else (key,):
+            inside = module.modules() if isinstance(module, nn.Module) else [module]
+            if wanted & {id(m) for m in inside}:
+                return share
+    return None
+
+
+class HeadShares:
+    """The share of whole heads that goes: one for all (0: that of everything else), and others for some modules.
+
+    Raises:
+        InputError: a share is out of range.
+    """
+
+    def __init__(self, ratio: float, by_module: Mapping[Any, float] | None) -> None:
+        self.ratio, self.by_module = ratio, dict(by_module or {})
+        for name, value in (("head_pruning_ratio", ratio), *((str(k)[:40], v) for k, v in self.by_module.items())):
+            if not 0 <= value < 1:
+                raise InputError(f"{name}={value!r}: the share of heads to remove must be at least 0 and below 1")
+
+    def of(self, graph: DependencyGraph, family: Family, by_rows: Coupling) -> float | None:
+        """The share of a family's heads that goes; None: the share of everything else."""
+        own = share_for(self.by_module, makers(graph, family.units, by_rows)) if self.by_module else None
+        return own if own is not None else self.ratio or None
+
+
 class BasePruner:
     """Removes a growing share of every group, in steps, the least important units first.
 
@@ -79,6 +128,12 @@ class BasePruner:
         iterative_pruning_ratio_scheduler: ``(ratio, steps) -> shares after 0, 1, ... steps``.
         ignored_layers: modules whose output widths must stay.
         round_to: widths that stay are multiples of it, where a group allows it.
+        num_heads: layers that make heads, and how many: only those lose whole heads (None: any layer). The pruner's own
+            copy, ``pruner.num_heads``, always holds the present counts.
+        prune_num_heads: whole heads go, before anything else does; see :func:`prunus.prune`.
+        prune_head_dims: positions inside heads go.
+        head_pruning_ratio: the share of heads that is gone after the last step; 0 means ``pruning_ratio``.
+        head_pruning_ratio_dict: other shares of heads for some modules (or tuples of modules).
         root_module_types: layers whose outputs may be pruned.
         forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
         output_transform: picks from the output what must keep its sizes.
@@ -119,6 +174,11 @@ class BasePruner:
         ch_sparsity: float | None = None,
         unwrapped_parameters: Any = None,
         customized_pruners: Mapping[Any, Any] | None = None,
+        num_heads: Mapping[Any, int] | None = None,
+        prune_num_heads: bool = False,
+        prune_head_dims: bool = True,
+        head_pruning_ratio: float = 0.0,
+        head_pruning_ratio_dict: Mapping[Any, float] | None = None,
     ) -> None:
         self.model = model
         self.importance = importance or MagnitudeImportance()
@@ -142,9 +202,16 @@ class BasePruner:
             customized_pruners,
             self.ignored_layers,
         )
-        self._families = [f for f in default_families(self.DG.coupling) if self._has_root(f)]
-        self._ratios = [self._ratio(f) for f in self._families]
-        if not self._families:
+        self.num_heads = dict(num_heads or {})
+        heads = HeadShares(head_pruning_ratio, head_pruning_ratio_dict)
+        self._offer = self._rooted(offer(self.DG.coupling, prune_num_heads, prune_head_dims))
+        self._heads_at_first = dict(self.num_heads)
+        by_rows = self._offer.by_rows
+        self._ratios = {id(f): self._ratio(makers(self.DG, f.units)) for f in self._offer.families}
+        for family in self._offer.rows:
+            own = heads.of(self.DG, family, by_rows)
+            self._ratios[id(family)] = self._ratio(makers(self.DG, family.units, by_rows)) if own is None else own
+        if not self._offer:
             raise NothingToPruneError(f"nothing in this model may be removed:\n{frozen_text(self.DG.coupling)}")
 
     def _check(self) -> None:
@@ -161,22 +228,23 @@ class BasePruner:
         if self.round_to is not None and self.round_to < 1:
             raise InputError(f"round_to={self.round_to!r}: must be at least 1")
 
-    def _makers(self, family: Family) -> list[Any]:
-        """The layers that make the family's units."""
-        sides = self.DG.sides_of(family.units)
-        return [s.node.module for s in sides if self.DG.is_out_channel_pruning_fn(s.handler)]
+    def _rooted(self, found: Offer) -> Offer:
+        """What is on offer in layers of the root types; whole heads only of the layers that the caller named."""
 
-    def _has_root(self, family: Family) -> bool:
-        return any(isinstance(m, (*self.root_module_types, torch.Tensor)) for m in self._makers(family))
+        def rooted(family: Family, coupling: Coupling) -> bool:
+            made_by = makers(self.DG, family.units, coupling)
+            return any(isinstance(m, (*self.root_module_types, torch.Tensor)) for m in made_by)
 
-    def _ratio(self, family: Family) -> float:
-        makers = {id(m) for m in self._makers(family)}
-        for key, share in self._shares.items():
-            for module in key if isinstance(key, (tuple, list)) else (key,):
-                inside = module.modules() if isinstance(module, nn.Module) else [module]
-                if makers & {id(m) for m in inside}:
-                    return share
-        return self.pruning_ratio
+        named = {id(m) for key in self.num_heads for m in (key.modules() if isinstance(key, nn.Module) else [key])}
+        rows = [f for f in found.rows if rooted(f, found.by_rows)]
+        if named:
+            rows = [f for f in rows if named & {id(m) for m in makers(self.DG, f.units, found.by_rows)}]
+        families = tuple(f for f in found.families if rooted(f, found.coupling))
+        return replace(found, rows=tuple(rows), families=families)
+
+    def _ratio(self, made_by: Sequence[Any]) -> float:
+        own = share_for(self._shares, made_by)
+        return self.pruning_ratio if own is None else own
 
     def step(self, interactive: bool = False) -> Iterator[Group] | None:
         """Prune up to the schedule's next share.
@@ -193,18 +261,35 @@ class BasePruner:
         return None
 
     def _next_groups(self) -> Iterator[Group]:
-        graph = self.DG
-        coupling = graph.coupling
-        scores = score_units(coupling, self._families, score_with(graph, self.importance))
-        living = coupling.alive_units(graph.alive)
-        rankings = [rank(f, scores, living) for f in self._families]
-        share = {id(f): self._share(r) for f, r in zip(self._families, self._ratios, strict=True)}
+        """Whole heads first; then what goes from those that are left once the caller has dealt with them."""
+        graph, found = self.DG, self._offer
+        of_rows, scores = score_offer(graph, found, self.importance)
+        share = {key: self._share(ratio) for key, ratio in self._ratios.items()}
         policy = Policy(lambda f: share[id(f)], self.max_pruning_ratio, self.round_to, self.global_pruning)
-        chosen = choose(rankings, policy)
-        for family in self._families:
-            units = chosen[np.isin(chosen, family.units)]
-            if units.size:
-                yield Group(graph, units, graph.sides_of(units)[0])
+        chosen = choose_rows(found, of_rows, graph.alive, policy)
+        for family in found.rows:
+            yield from self._group(chosen, family, found.by_rows)
+        chosen = choose_positions(found, scores, graph.alive, policy, chosen[:0])
+        for family in found.families:
+            yield from self._group(chosen, family, found.coupling)
+        self._count_heads()
+
+    def _group(self, chosen: Ids, family: Family, coupling: Coupling) -> Iterator[Group]:
+        units = chosen[np.isin(chosen, family.units)]
+        if units.size:
+            yield Group(self.DG, units, self.DG.sides_of(units, coupling)[0], coupling)
+            self._count_heads()
+
+    def _count_heads(self) -> None:
+        """Bring ``num_heads`` up to date."""
+        coupling = self.DG.coupling
+        for key, number in self._heads_at_first.items():
+            inside = {id(t) for t in (key.parameters() if isinstance(key, nn.Module) else [key])}
+            held = [h for h in coupling.trace.held if id(h.tensor) in inside]
+            axes = [s + np.arange(n) for h in held for s, n in zip(h.starts, h.shape, strict=True) if s >= 0]
+            if axes:
+                there, left = count_rows(coupling, self.DG.alive, np.concatenate(axes))
+                self.num_heads[key] = number * left // there if there else number
 
     def _share(self, ratio: float) -> float:
         steps = self._schedule(ratio, self.iterative_steps)

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 from torch import nn
 
 from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
+from prunus.heads import choose_positions, choose_rows, offer
 from prunus.importance import MagnitudeImportance
+from prunus.labels import Ids
 from prunus.plan import Alive, Footprint, Plan
-from prunus.pruner import Criterion, score_with
+from prunus.pruner import Criterion, HeadShares, score_offer
 from prunus.report import frozen_text, layer_table, render
-from prunus.selection import Policy, Target, choose_for_target, default_families, rank, score_units
+from prunus.selection import Policy, Target, choose_for_target
 from prunus.sizes import Fact
 from prunus.surgery import Receipt
 from prunus.tracing import ForwardFn, Inputs
@@ -64,6 +67,10 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     round_to: int | None = None,
     max_pruning_ratio: float = 1.0,
     global_pruning: bool = False,
+    prune_num_heads: bool = False,
+    prune_head_dims: bool = True,
+    head_pruning_ratio: float = 0.0,
+    head_pruning_ratio_dict: Mapping[Any, float] | None = None,
     forward_fn: ForwardFn | None = None,
     output_transform: Callable[[Any], Any] | None = None,
     facts: Sequence[Fact] = (),
@@ -83,6 +90,12 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         round_to: widths that stay are multiples of it, where a group allows it.
         max_pruning_ratio: the largest share of any group.
         global_pruning: rank all groups together instead of taking the same share of each.
+        prune_num_heads: whole heads go (rows over which a contraction is batched: heads of attention with the query
+            heads they serve, experts, groups of a convolution); without it, only where nothing inside them can go.
+        prune_head_dims: positions inside heads go (after whole heads, in the same plan); without it they stay, and so
+            does a stream whose width the code makes of them.
+        head_pruning_ratio: the share of heads that goes; 0 means the share of all others.
+        head_pruning_ratio_dict: other shares of heads for some modules (or tuples of modules), with all inside them.
         forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
         output_transform: picks from the output what must keep its sizes (default: every tensor in it).
         facts: attributes that equal a width by construction and that no traced op reads.
@@ -108,6 +121,7 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         raise InputError(f"target={target!r}: pass a prunus.Target, such as Target(macs=0.5)")
     if not 0 < max_pruning_ratio <= 1:
         raise InputError(f"max_pruning_ratio={max_pruning_ratio!r}: must be above 0 and at most 1")
+    heads = HeadShares(head_pruning_ratio, head_pruning_ratio_dict)
     graph = DependencyGraph().build_dependency(
         model,
         example_inputs,
@@ -119,17 +133,19 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         device=device,
     )
     graph.facts = tuple(facts)
-    families = default_families(graph.coupling)
-    if not families:
+    found = offer(graph.coupling, prune_num_heads, prune_head_dims)
+    if not found:
         raise NothingToPruneError(f"nothing in this model may be removed:\n{frozen_text(graph.coupling)}")
-    scores = score_units(graph.coupling, families, score_with(graph, importance or MagnitudeImportance()))
-    living = graph.coupling.alive_units(graph.alive)
-    rankings = [rank(f, scores, living) for f in families]
+    of_rows, scores = score_offer(graph, found, importance or MagnitudeImportance())
+    ratio_of_rows = {id(f): heads.of(graph, f, found.by_rows) for f in found.rows}
 
-    def policy(share: float) -> Policy:
-        return Policy(lambda family: share, max_pruning_ratio, round_to, global_pruning)
+    def chosen(share: float) -> Ids:
+        policy = Policy(lambda family: share, max_pruning_ratio, round_to, global_pruning)
+        by_rows = replace(policy, ratio_of=lambda f: share if (own := ratio_of_rows[id(f)]) is None else own)
+        gone = choose_rows(found, of_rows, graph.alive, by_rows)
+        return np.concatenate((gone, choose_positions(found, scores, graph.alive, policy, gone)))
 
-    units = choose_for_target(graph.coupling, graph.alive, rankings, target, policy)
+    units = choose_for_target(graph.coupling, graph.alive, target, chosen)
     if units.size == 0:
         raise NothingToPruneError(f"{target} removes nothing: the groups are too small for it; ask for more")
     before = graph.alive

@@ -111,10 +111,11 @@ class Ranking:
 def rank(family: Family, scores: Scores, living: NDArray[np.bool_]) -> Ranking:
     """Bundle the living units of each lane by rank of importance (ties by position)."""
     parts, values = [], []
-    for lane in family.lanes:
-        left = lane[living[lane]]
+    lanes, quotas = family.left(living)
+    if not lanes:
+        return Ranking(family, (), np.empty(0))
+    for left, quota in zip(lanes, quotas, strict=True):
         order = left[np.argsort(np.nan_to_num(scores[left], nan=0.0), kind="stable")]
-        quota = len(lane) // family.count
         rows = order[: len(order) // quota * quota].reshape(-1, quota)
         parts.append(rows)
         values.append(np.nan_to_num(scores[rows], nan=0.0).mean(axis=1))
@@ -182,28 +183,28 @@ def _kept_globally(rankings: Sequence[Ranking], policy: Policy) -> list[int]:
 
 def _rounded(ranking: Ranking, kept: int, round_to: int | None) -> int:
     """The number nearest to ``kept`` that makes the family's width a multiple of ``round_to``; never nothing."""
-    if round_to is None or round_to <= 1:
+    if round_to is None or round_to <= 1 or not ranking.bundles:
         return kept
-    width = sum(len(lane) for lane in ranking.family.lanes) // ranking.family.count
+    width = len(ranking.bundles[0])
     step = round_to // int(np.gcd(round_to, width))
     nearest = (2 * kept + step) // (2 * step) * step
     return min(max(nearest, step, ranking.family.least), len(ranking.bundles))
 
 
-def choose_for_target(
-    coupling: Coupling, alive: Alive, rankings: Sequence[Ranking], target: Target, policy: Callable[[float], Policy]
-) -> Ids:
-    """The smallest uniform share that meets the target, found on the plan's cost.
+def choose_for_target(coupling: Coupling, alive: Alive, target: Target, chosen: Callable[[float], Ids]) -> Ids:
+    """The units of the smallest uniform share that meets the target, found on the plan's cost.
+
+    ``chosen(share)`` are the units that go at a share.
 
     Raises:
         TargetError: even the largest share does not meet it.
     """
     dense = footprint(coupling, alive)
     if target.ratio is not None:
-        return choose(rankings, policy(target.ratio))
+        return chosen(target.ratio)
 
     def at(share: float) -> tuple[Ids, Footprint]:
-        units = choose(rankings, policy(share))
+        units = chosen(share)
         left = alive.copy()
         left[coupling.atoms_of(units)] = False
         return units, footprint(coupling, left)

@@ -17,6 +17,7 @@ from math import gcd, lcm
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prunus.coupling.pieces import components
 from prunus.coupling.units import Units
@@ -48,6 +49,15 @@ class Family:
     def units(self) -> Ids:
         """Every unit of the family."""
         return np.concatenate(self.lanes)
+
+    def left(self, living: NDArray[np.bool_]) -> tuple[list[Ids], list[int]]:
+        """The living units of each lane that has any, and how many of them a bundle takes now.
+
+        Lanes lose units with other families too (the channels of a stream whose width is heads times head dims).
+        """
+        lanes = [units for lane in self.lanes if (units := lane[living[lane]]).size]
+        count = gcd(*map(len, lanes)) // self.step
+        return lanes, [len(units) // max(count, 1) for units in lanes]
 
 
 _Partial: TypeAlias = "list[tuple[int, Ids, Ids]]"  # rows of a balance, coarse units that take a part, how much
@@ -83,7 +93,9 @@ class Bundling:
     why: dict[int, str]  # lane -> reason
 
 
-def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attribute], int]) -> Bundling:
+def find_bundles(
+    ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attribute], int], *, rows_first: bool = False
+) -> Bundling:
     """Join units into families by the balances and the required sizes.
 
     Args:
@@ -91,6 +103,7 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
         units: the candidates.
         kind: a number for each fine atom, equal where units cut the same dims.
         read: the present value of a module's attribute.
+        rows_first: where a size can follow either whole rows (heads) or the positions inside them, let it follow rows.
     """
     partial = [_partial_takers(units, balance.ids) for balance in ledger.balances]
     draft = _lanes(ledger, units, kind, partial)
@@ -98,7 +111,7 @@ def find_bundles(ledger: Ledger, units: Units, kind: Ids, read: Callable[[Attrib
     _pin_overlapping(units, draft)
     _pin_misaligned(ledger, units, draft)
     if ledger.requirements or ledger.limits:
-        constraints = _Constraints(ledger, units, draft, read)
+        constraints = _Constraints(ledger, units, draft, read, rows_first)
         constraints.settle()
         constraints.respect(ledger.limits)
     families = []
@@ -236,7 +249,10 @@ def _pin_overlapping(units: Units, draft: _Draft) -> None:
 class _Constraints:
     """The sizes that the code asks for, checked by letting each family shrink by itself."""
 
-    def __init__(self, ledger: Ledger, units: Units, draft: _Draft, read: Callable[[Attribute], int]) -> None:
+    def __init__(
+        self, ledger: Ledger, units: Units, draft: _Draft, read: Callable[[Attribute], int], rows_first: bool
+    ) -> None:
+        self.rows_first = rows_first
         self.units = units
         self.draft = draft
         self.read = read
@@ -349,9 +365,14 @@ class _Constraints:
         return lcm(*(Fraction(change).limit_denominator(count).denominator for change in changes))
 
     def _balancing(self, errors: dict[int, float]) -> list[int]:
-        """The families whose errors have opposite signs: fine ones alone if they do, else all."""
+        """The families whose errors have opposite signs: fine ones alone if they do, else all.
+
+        With rows first: the rows, and what is off in the other direction.
+        """
         fine = {f: e for f, e in errors.items() if not self._is_coarse(f)}
-        for chosen in (fine, errors):
+        signs = {e > 0 for f, e in errors.items() if f not in fine}
+        by_rows = {f: e for f, e in errors.items() if f not in fine or (e > 0) not in signs}
+        for chosen in (by_rows, fine, errors) if self.rows_first and signs else (fine, errors):
             if any(e > 0 for e in chosen.values()) and any(e < 0 for e in chosen.values()):
                 return list(chosen)
         return []

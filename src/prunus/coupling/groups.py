@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import NamedTuple
 
@@ -185,6 +185,22 @@ class Coupling:
             return atoms
         whole = np.unique(np.concatenate(taken))
         return np.union1d(atoms, _spans(pieces.start[whole], pieces.length[whole]))
+
+    @cached_property
+    def by_rows(self) -> Coupling:
+        """The same units, bundled so that sizes follow whole rows (heads) where they can follow either."""
+        bundling = find_bundles(
+            self.trace.ledger, self.units, self.kind, lambda a: read_attribute(self.trace.model, a), rows_first=True
+        )
+        return replace(self, bundling=bundling)
+
+    @cached_property
+    def batched(self) -> NDArray[np.bool_]:
+        """Coarse units over which a contraction is batched: heads, experts, groups of a convolution."""
+        found = np.zeros(self.units.total, dtype=bool)
+        for ids in self.trace.ledger.batched:
+            found[self.unit_of_atom[ids.reshape(-1)]] = True
+        return found & self.units.coarse
 
     def alive_units(self, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which units are left, given the atoms that are."""

@@ -97,10 +97,11 @@ class Units:
 
     def is_coarse(self, unit: int) -> bool:
         """Whether the unit takes whole rows (a head) rather than one position."""
-        return bool(self._coarse[unit])
+        return bool(self.coarse[unit])
 
     @cached_property
-    def _coarse(self) -> NDArray[np.bool_]:
+    def coarse(self) -> NDArray[np.bool_]:
+        """Which units take whole rows."""
         found = np.zeros(self.total, dtype=bool)
         found[self.base[self.taker]] = True
         return found

@@ -66,7 +66,11 @@ def contract(
                 size.setdefault(name, 1)
                 continue
             label = own.rename(names) if own is not None else None
-            found[name] = op.couple(found[name], label) if name in found else label
+            if name in found:
+                label = op.couple(found[name], label)
+                if label is not None and name in out:
+                    op.ledger.batched.append(label.ids)
+            found[name] = label
             size[name] = n
             (op.hands_on if name in out else op.reads)(own)
     for product in products(letters, out) if counted else ():
@@ -271,6 +275,7 @@ def _grouped(
     op.ledger.tie(np.broadcast_to(into.ids, ins.shape), ins)
     op.ledger.align(ins, "all groups of a convolution share the numbering of their input channels")
     coarse = op.ledger.rows(ins)
+    op.ledger.batched.append(coarse)
     _outputs_of_groups(op, coarse, outs)
     op.require_argument(groups, "groups", 6, coarse)
     return into, made
@@ -307,6 +312,7 @@ def _grouped_transposed(
         op.require_argument(groups, "groups", 6, read.ids)
         return read, None, out
     coarse = op.ledger.rows(ins) if ins.shape[1] > 1 else ins.reshape(-1)
+    op.ledger.batched.append(coarse)
     if ins.shape[1] > 1:
         op.ledger.balance(ins, "groups of a convolution are equally wide")
     _outputs_of_groups(op, coarse, outs)

@@ -1,0 +1,99 @@
+"""Heads and what is inside them, as separate choices: whole rows go first, then positions of those that are left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunus.coupling import Coupling, Family
+from prunus.labels import Ids
+from prunus.plan import Alive
+from prunus.selection import Policy, Scores, choose, default_families, rank
+
+
+@dataclass(frozen=True)
+class Offer:
+    """What may be removed.
+
+    ``rows`` are families of whole heads (rows over which a contraction is batched: heads of attention, experts, groups
+    of a convolution), bundled as in ``by_rows``; ``families`` are all others, bundled as in ``coupling``.
+    """
+
+    coupling: Coupling
+    by_rows: Coupling
+    rows: tuple[Family, ...]
+    families: tuple[Family, ...]
+
+    def __len__(self) -> int:
+        return len(self.rows) + len(self.families)
+
+
+def offer(coupling: Coupling, prune_num_heads: bool = False, prune_head_dims: bool = True) -> Offer:
+    """The families to choose from.
+
+    Without ``prune_num_heads``, whole rows are only on offer where their positions cannot go one by one; without
+    ``prune_head_dims``, what is inside rows stays, and whatever only shrinks with it.
+    """
+    families = default_families(coupling)
+    if not prune_head_dims:
+        inside = _inside(coupling)
+        families = tuple(f for f in families if f.coarse or not inside[f.units].any())
+    if not prune_num_heads:
+        return Offer(coupling, coupling, (), families)
+    by_rows = coupling.by_rows
+    batched = coupling.batched
+    rows = tuple(f for f in by_rows.families if batched[f.units].any())
+    taken = np.zeros(coupling.units.total, dtype=bool)
+    for family in rows:
+        taken[family.units] = True
+    taken &= coupling.units.coarse
+    return Offer(coupling, by_rows, rows, tuple(f for f in families if not taken[f.units].any()))
+
+
+def _inside(coupling: Coupling) -> NDArray[np.bool_]:
+    """Units that are inside a row over which a contraction is batched."""
+    batched = np.zeros(coupling.units.total, dtype=bool)
+    for ids in coupling.trace.ledger.batched:
+        batched[coupling.unit_of_atom[ids.reshape(-1)]] = True
+    inside = np.zeros(coupling.units.total, dtype=bool)
+    for rows in coupling.trace.ledger.rows_of:
+        inside[coupling.unit_of_atom[rows.fine[batched[coupling.unit_of_atom[rows.coarse]]]]] = True
+    return inside
+
+
+def choose_rows(found: Offer, scores: Scores, alive: Alive, policy: Policy) -> Ids:
+    """The units of the whole rows to remove now (a width need not be a multiple in heads)."""
+    living = found.coupling.alive_units(alive)
+    rankings = [rank(f, scores, living) for f in found.rows]
+    return choose(rankings, replace(policy, round_to=None))
+
+
+def choose_positions(found: Offer, scores: Scores, alive: Alive, policy: Policy, gone: Ids) -> Ids:
+    """The units to remove of every other family, after the rows ``gone``."""
+    left = alive.copy()
+    left[found.coupling.atoms_of(gone)] = False
+    living = found.coupling.alive_units(left)
+    return choose([rank(f, scores, living) for f in found.families], policy)
+
+
+def count_rows(coupling: Coupling, alive: Alive, atoms: Ids) -> tuple[int, int]:
+    """How many rows (heads) along ``atoms`` there were, and how many are left."""
+    whole = [r for r in coupling.trace.ledger.rows_of if np.isin(r.fine, atoms).all()]
+    batched = np.zeros(coupling.units.total, dtype=bool)
+    for ids in coupling.trace.ledger.batched:
+        batched[coupling.unit_of_atom[ids.reshape(-1)]] = True
+    coarse = [r.coarse[batched[coupling.unit_of_atom[r.coarse]]] for r in whole]
+    found = _distinct(coupling, coarse)
+    return len(found), len(_distinct(coupling, [found[alive[found]]]))
+
+
+def _distinct(coupling: Coupling, atoms: Sequence[Ids]) -> Ids:
+    """One atom for each class."""
+    if not atoms:
+        return np.empty(0, dtype=np.int64)
+    flat = np.concatenate(atoms)
+    classes = coupling.pieces.classes[coupling.pieces.of(flat)]
+    return flat[np.unique(classes, return_index=True)[1]]
