@@ -206,7 +206,7 @@ def mvit() -> Network:
         block_setting=blocks,
         residual_pool=True,
         residual_with_cls_embed=False,
-        rel_pos=True,
+        rel_pos_embed=True,
         proj_after_attn=True,
         num_classes=10,
     )
@@ -263,7 +263,7 @@ def table() -> Table:
     found["r3d_18"] = _video("r3d_18", 4, 32)
     found["mc3_18"] = _video("mc3_18", 4, 32)
     found["r2plus1d_18"] = _video("r2plus1d_18", 4, 32)
-    found["s3d"] = _video("s3d", 16, 64)
+    found["s3d"] = _video("s3d", 16, 224)
     found.update({"mvit": mvit, "swin3d": swin3d})
     found.update({"raft_small": _flow("raft_small"), "raft_large": _flow("raft_large")})
     return found
