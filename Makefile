@@ -1,10 +1,12 @@
 # make test    set everything up in .venv, then lint, types and tests
 # make demo    set everything up in .venv, then train, prune, fine-tune and export a detector on generated images
 # make bench   time the dependency graph against the forward pass and Torch-Pruning, and on decoders too big to hold
-# make clean   remove .venv, caches and the output of demo and bench
+# make zoo     prune real networks of many libraries, built at random, and check everything on each
+# make clean   remove .venv, caches and the output of demo, bench and zoo
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
+ZOO_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,8 +14,9 @@ BIN := $(VENV)/bin
 KEY := $(shell $(PYTHON) -c 'import hashlib, sys; print(hashlib.sha256(open("pyproject.toml", "rb").read() + sys.version.encode()).hexdigest()[:16])')
 MADE := $(VENV)/made-from-$(KEY)
 MADE_BENCH := $(VENV)/made-bench-from-$(KEY)
+MADE_ZOO := $(VENV)/made-zoo-from-$(KEY)
 
-.PHONY: help venv test demo bench clean
+.PHONY: help venv test demo bench zoo clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -30,6 +33,10 @@ $(MADE_BENCH): $(MADE)
 	$(BIN)/python -m pip install --quiet --editable '.[bench]'
 	touch $@
 
+$(MADE_ZOO): $(MADE)
+	$(BIN)/python -m pip install --quiet --editable '.[zoo]'
+	touch $@
+
 test: $(MADE)
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -44,6 +51,9 @@ bench: $(MADE_BENCH)
 	$(BIN)/python benchmarks/graph.py --out runs/bench/graph.json
 	$(BIN)/python benchmarks/scale.py --out runs/bench/scale.json
 
+zoo: $(MADE_ZOO)
+	$(BIN)/python zoo/run.py --out runs/zoo $(ZOO_ARGS)
+
 clean:
-	rm -rf $(VENV) runs/demo runs/bench build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) runs/demo runs/bench runs/zoo build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

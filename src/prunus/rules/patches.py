@@ -17,13 +17,6 @@ from prunus.rules.views import move, reshape
 aten = torch.ops.aten
 
 
-@rule(aten.pixel_unshuffle)
-def pixel_unshuffle(op: Op, x: Labelled, downscale_factor: int) -> Dims:
-    """Each input channel makes a run of ``downscale_factor ** 2`` output channels."""
-    x = fix(op, x, (-2, -1), f"{op.name} moves it into channels")
-    return take(x, x.ndim - 3, np.repeat(np.arange(x.shape[-3]), downscale_factor**2))
-
-
 @rule(aten.im2col)
 def im2col(op: Op, x: Labelled, kernel_size: Sequence[int], *args: Any) -> Dims:
     """``(N, C, H, W) -> (N, C * kernel, L)``: each channel makes one output channel for each place of the kernel."""

@@ -73,7 +73,6 @@ aten = torch.ops.aten
     aten.log_normal_,
     aten.random_,
     aten.randint_like,
-    aten.floor_divide,
     aten.fill,
     aten.copy,
     aten._assert_async,

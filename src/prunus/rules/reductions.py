@@ -159,7 +159,7 @@ def loss_of_classes(op: Op, *args: Any, **kwargs: Any) -> list[Dims | None]:
     return [(None,) * len(shape) for shape in op.shapes]
 
 
-@rule(aten.histc, aten.histogram, aten.bincount, aten.multinomial, aten.allclose, "aten::hash_tensor")
+@rule(aten.histogram, aten.multinomial, aten.allclose, "aten::hash_tensor")
 def counting(op: Op, *args: Any, **kwargs: Any) -> list[Dims | None]:
     """Counts or picks among all positions."""
     for tensor in op.inputs:

@@ -153,15 +153,3 @@ def _plain(op: Op, x: Labelled) -> Labelled:
     for d in range(x.ndim - 1):
         x = Labelled(x.shape, without_context(op, x, d))
     return x
-
-
-@rule(aten.select_scatter)
-def select_scatter(op: Op, x: Labelled, source: Labelled, dim: int, index: int) -> Dims:
-    """One position of a dim is written."""
-    dim %= x.ndim
-    _values_only(op, x, source)
-    x = look_up(op, x, dim, None)
-    order: list[int | None] = list(range(source.ndim))
-    order.insert(dim, None)
-    wide = Labelled((*source.shape[:dim], 1, *source.shape[dim:]), move(source, order))
-    return tuple(combine(op, [x, wide], x.shape))
