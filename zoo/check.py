@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ RATIO = 0.5
 LEAST_REMOVED = 0.25
 SINGLE, DOUBLE = 1e-5, 1e-9
 SEED = 0
+ENGINE = str(Path(prunus.__file__).parent)
+"""Which Prunus was checked: an installed copy is easily mistaken for the one that is being worked on."""
 
 
 @dataclass
@@ -55,6 +58,7 @@ class Row:
     in_forward_passes: float | None = None
     total_s: float | None = None
     memory_mib: int = 0
+    engine: str = ENGINE
 
 
 class Halt(Exception):
@@ -100,7 +104,6 @@ class _Work:
     def __init__(self, row: Row, build: Builder, save: Callable[[dict[str, Any]], None]) -> None:
         self.row, self.builder, self.save = row, build, save
         self.net: Network
-        self.result: prunus.PruneResult | None = None
 
     def problem(self, error: Exception | str) -> None:
         """Note what went wrong in the present stage; the last lines of the first traceback are kept."""
@@ -207,7 +210,9 @@ class _Work:
             row.params_after = row.params_before
             row.stage = "done"
             raise Halt from None
-        self.result = result
+        result.undo()
+        self._unchanged("undo")
+        self.plan, self.receipt = result.plan, result.plan.apply(net.model)
         row.params_after = sum(p.numel() for p in net.model.parameters())
         row.removed = 1 - row.params_after / max(row.params_before, 1)
         with self._reporting(), torch.no_grad():
@@ -229,16 +234,14 @@ class _Work:
 
     def undo(self) -> None:
         """Everything is as before, bit for bit; then the plan is applied again, and does the same."""
-        if self.result is None:
-            raise Halt
-        self.result.undo()
+        self.receipt.undo()
         with self._reporting():
-            self._unchanged("undo")
             with torch.no_grad():
-                again = self.outputs(self.net)
+                again = self.outputs(self.net)  # also makes caches anew that the pruned network has filled
+            self._unchanged("undo")
             if not all(_equal(a, b) for a, b in zip(self.dense, again, strict=True)):
                 self.problem("after undo the outputs are not those of the dense network")
-        self.result.plan.apply(self.net.model)
+        self.plan.apply(self.net.model)
         with self._reporting(), torch.no_grad():
             replayed = self.outputs(self.net)
             if hasattr(self, "pruned") and not all(_equal(a, b) for a, b in zip(self.pruned, replayed, strict=True)):

@@ -188,6 +188,7 @@ def totals(rows: Sequence[Found]) -> dict[str, Any]:
     passes = [row["in_forward_passes"] for row in rows if row["in_forward_passes"]]
     return {
         "networks": len(rows),
+        "engines": sorted({row["engine"] for row in rows if row.get("engine")}),
         "status": dict(status),
         "ok_share": status["ok"] / max(len(rows), 1),
         "median_forward_passes": round(statistics.median(passes), 2) if passes else None,

@@ -552,10 +552,11 @@ class Parametrised(nn.Module):
 
 
 class VAE(nn.Module):
-    """A variational autoencoder, which adds noise in training only."""
+    """A variational autoencoder, which adds noise in training only, or (`sampled`) always."""
 
-    def __init__(self) -> None:
+    def __init__(self, sampled: bool = False) -> None:
         super().__init__()
+        self.sampled = sampled
         self.encoder = nn.Sequential(nn.Linear(32, 48), nn.ReLU())
         self.mean, self.spread = nn.Linear(48, 12), nn.Linear(48, 12)
         self.decoder = nn.Sequential(nn.Linear(12, 48), nn.ReLU(), nn.Linear(48, 32))
@@ -563,7 +564,7 @@ class VAE(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.encoder(x)
         mean, spread = self.mean(h), self.spread(h)
-        noise = torch.randn_like(spread) if self.training else 0.0
+        noise = torch.randn_like(spread) if self.training or self.sampled else 0.0
         return self.decoder(mean + torch.exp(0.5 * spread) * noise)
 
 
@@ -1110,6 +1111,7 @@ def _whole() -> Table:
         "weight_norm": _on(WeightNormed, (2, 4, 10)),
         "parametrised": _on(Parametrised, (4, 8)),
         "vae": _on(VAE, (4, 32)),
+        "vae_sampled": _on(lambda: VAE(sampled=True), (4, 32)),
         "generator": _on(Generator, (4, 10)),
         "experts": _on(Experts, (2, 6, 8)),
         "sparse_experts": _on(SparseExperts, (2, 6, 8)),

@@ -304,7 +304,7 @@ def _pictures() -> Table:
             image,
             {**stages, "num_encoder_blocks": 2, "patch_sizes": [7, 3], "strides": [4, 2], "padding": [2, 1]},
         ),
-        "Cvt": (image, {"embed_dim": [16, 24, 32], "num_heads": [1, 2, 2], "depth": [1, 1, 2]}),
+        "Cvt": (image, {"embed_dim": [16, 24, 32], "num_heads": [1, 2, 2], "depth": [1, 2, 3]}),
         "Pvt": (
             image,
             {

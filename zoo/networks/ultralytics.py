@@ -11,7 +11,46 @@ import torch
 
 from zoo.network import Builder, Network, Table
 
-NAMES = ["yolov3-tiny", "yolov5n", "yolov6n", "yolov8n", "yolov9t", "yolov10n", "yolo11n", "yolo12n", "yolo26n", "yolov8n-seg", "yolov8n-pose", "yolov8n-obb", "yolov8n-cls", "yolov8n-ghost", "yolov8n-p2", "yolov8n-p6", "yolov8n-world", "yolov8n-worldv2", "yolov9c-seg", "yolo11n-seg", "yolo11n-pose", "yolo11n-obb", "yolo11n-cls", "yolo12n-seg", "yolo12n-cls", "yolo26n-seg", "yolo26n-pose", "yolo26n-obb", "yolo26n-cls", "yolo26n-sem", "yolo26n-depth", "yolov8n-rtdetr", "yolov5n-p6", "yolov10s", "yolov9s", "yoloe-v8s", "yoloe-11s", "yolov3-spp"]
+NAMES = [
+    "yolov3-tiny",
+    "yolov5n",
+    "yolov6n",
+    "yolov8n",
+    "yolov9t",
+    "yolov10n",
+    "yolo11n",
+    "yolo12n",
+    "yolo26n",
+    "yolov8n-seg",
+    "yolov8n-pose",
+    "yolov8n-obb",
+    "yolov8n-cls",
+    "yolov8n-ghost",
+    "yolov8n-p2",
+    "yolov8n-p6",
+    "yolov8n-world",
+    "yolov8n-worldv2",
+    "yolov9c-seg",
+    "yolo11n-seg",
+    "yolo11n-pose",
+    "yolo11n-obb",
+    "yolo11n-cls",
+    "yolo12n-seg",
+    "yolo12n-cls",
+    "yolo26n-seg",
+    "yolo26n-pose",
+    "yolo26n-obb",
+    "yolo26n-cls",
+    "yolo26n-sem",
+    "yolo26n-depth",
+    "yolov8n-rtdetr",
+    "yolov5n-p6",
+    "yolov10s",
+    "yolov9s",
+    "yoloe-v8s",
+    "yoloe-11s",
+    "yolov3-spp",
+]
 HEAVY = {"rtdetr-l": 64}
 
 
