@@ -3,12 +3,12 @@
     make bench
     python benchmarks/scale.py --layers 5 10 --widths 1024 2048
 
-A Llama of the shape of Llama-3-70B (80 layers, width 8192, feed-forward width 28672, 64 heads over 8 groups, vocabulary
-128256) is built on the meta device, where it costs nothing, and `build_dependency` with all groups is timed in a process
-of its own for each size. Memory is the peak of the process, imports of torch and transformers included, and beside it
-what the graph added to that. The verdict asks for 20 s and 4 GB at full size, and for growth that is linear: the cost of
-one more layer (or channel) may not depend on how many there are. Everything measured goes into a JSON file, and a plot
-beside it; the exit status says whether the promise was kept.
+A Llama of the shape of Llama-3-70B (80 layers, width 8192, feed-forward width 28672, 64 heads over 8 groups,
+vocabulary 128256) is built on the meta device, where it costs nothing, and `build_dependency` with all groups is timed
+in a process of its own for each size. Memory is the peak of the process, imports of torch and transformers included,
+and beside it what the graph added to that. The verdict asks for 20 s and 4 GB at full size, and for growth that is
+linear: the cost of one more layer (or channel) may not depend on how many there are. Everything measured goes into a
+JSON file, and a plot beside it; the exit status says whether the promise was kept.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def plot(deep: Sequence[Row], wide: Sequence[Row]) -> str:
 
 def chart(left: int, top: int, points: Sequence[tuple[float, float]], across: str, up: str) -> str:
     """Draw one chart, 300 by 150, axes from zero."""
-    most = max(x for x, _ in points), max(max(y for _, y in points), 1e-9)
+    most = max(x for x, _ in points), max((y for _, y in points)) or 1.0
     spots = [(left + 300 * x / most[0], top + 150 - 150 * y / most[1]) for x, y in points]
     line = " ".join(f"{x:.1f},{y:.1f}" for x, y in spots)
     parts = [

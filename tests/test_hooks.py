@@ -446,3 +446,50 @@ def test_what_leaves_torch_is_frozen(way) -> None:
     graph = build(Leaves())
     assert sizes(graph) == []
     assert "leave torch" in graph.explain("a")
+
+
+def test_a_shared_layer_ties_what_it_makes_to_what_it_reads() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.kernel, self.b = nn.Linear(8, 6), Kernel(6, 6), nn.Linear(6, 4)
+
+        def forward(self, x):
+            return self.b(self.kernel(self.kernel(self.a(x))))
+
+    model = Twice()
+    graph = build(model, customized_pruners={Kernel: KernelPruner()})
+    graph.get_pruning_group(model.a, prunus.prune_linear_out_channels, [1]).prune()
+    assert model.kernel.matrix.shape == (5, 5)
+    assert model(X).shape == (2, 4)
+
+
+def test_heads_that_flow_into_a_customised_layer_lose_the_same_dims() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.kernel, self.b, self.size = nn.Linear(8, 12), Kernel(4, 5), nn.Linear(15, 4), 4
+
+        def forward(self, x):
+            return self.b(self.kernel(self.a(x).view(len(x), -1, self.size)).flatten(1))
+
+    model = Heads()
+    graph = build(model, customized_pruners={Kernel: KernelPruner(pruning_dim=-1)})
+    assert sizes(graph) == [4]
+    graph.get_pruning_group(model.a, prunus.prune_linear_out_channels, [1]).prune()
+    assert (model.a.out_features, model.kernel.matrix.shape, model.size) == (9, (3, 5), 3)
+    pruner = graph.get_pruner_of_module(model.kernel)
+    graph.get_pruning_group(model.kernel, pruner.prune_out_channels, [0]).prune()
+    assert model.b.in_features == 12
+    assert model(X).shape == (2, 4)
+
+
+def test_a_customised_layer_is_traced_without_data_too() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), Scale(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    graph = build(model, torch.randn(1, 3, 6, 6), customized_pruners={"1": ScalePruner()}, device="meta")
+    assert sizes(graph) == [8]
+
+
+def test_a_forward_that_fails_inside_a_customised_layer_is_an_input_error() -> None:
+    with pytest.raises(prunus.InputError, match="cannot run on the example inputs"):
+        build(nn.Sequential(Kernel(9, 4)), X, customized_pruners={Kernel: KernelPruner()})

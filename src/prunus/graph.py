@@ -254,7 +254,7 @@ class DependencyGraph:
                 cut them are left out.
             root_module_types: layers that may be the root of a group.
         """
-        ignored, others = chosen_layers(self.model, ignored_layers or (), "ignored_layers")
+        ignored, others = chosen_layers(self.model, tuple(ignored_layers or ()), "ignored_layers")
         ignored |= {id(tensor) for tensor in others}
         visited = np.zeros(self.coupling.units.total, dtype=bool)
         movable = self.coupling.movable

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,12 +47,14 @@ def freeze(parameter: torch.Tensor | str, dim: int | None = None, positions: Seq
     return Frozen(parameter, dim, None if positions is None else tuple(int(p) for p in positions))
 
 
-def chosen_layers(model: nn.Module, layers: Iterable[Any], what: str) -> tuple[set[int], list[Any]]:
+def chosen_layers(model: nn.Module, layers: Sequence[Any], what: str) -> tuple[set[int], list[Any]]:
     """The modules (by identity, all inside them included) that a list means, and its entries that are no modules.
 
     Raises:
         InputError: an entry is not understood, or means nothing in the model.
     """
+    if not layers:
+        return set(), []
     paths = dict(model.named_modules(remove_duplicate=False))
     inside = {id(m) for m in paths.values()}
     chosen: set[int] = set()
@@ -84,10 +86,10 @@ def chosen_layers(model: nn.Module, layers: Iterable[Any], what: str) -> tuple[s
 def apply_hints(trace: Trace, layers: Sequence[Any], params: Sequence[Any], unwrapped: Any) -> dict[int, int]:
     """Freeze what the caller wants to keep; give, by held tensor, the only dim that may shrink of unwrapped ones."""
     chosen, others = chosen_layers(trace.model, layers, "ignored_layers")
-    known = dict(trace.model.named_parameters(remove_duplicate=False))
     for entry in params:
         if isinstance(entry, str):
-            names = [*known, *(name for name, _ in trace.model.named_buffers())]
+            model = trace.model
+            names = [name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())]
             others += [Frozen(name) for name in matching(names, entry, "ignored_params")]
         elif isinstance(entry, (torch.Tensor, Frozen)):
             others.append(entry)

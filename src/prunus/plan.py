@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from prunus.coupling import Coupling
 from prunus.errors import InputError, SurgeryError
+from prunus.held import Held
 from prunus.labels import Ids, surviving
 from prunus.sizes import Attribute, Fact, expression_of, read_attribute, solve_all
 
@@ -198,30 +199,41 @@ def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact
     Raises:
         SurgeryError: a layer would lose its last position, or a size of the model's code cannot follow.
     """
-    after = alive.copy()
-    after[coupling.atoms_of(units)] = False
+    after, gone = alive.copy(), coupling.atoms_of(units)
+    after[gone] = False
     removals = []
-    for held in coupling.trace.held:
-        for dim, (start, n) in enumerate(zip(held.starts, held.shape, strict=True)):
-            if start < 0:
-                continue
-            here = alive[start : start + n]
-            stays = after[start : start + n][here]
-            if stays.all():
-                continue
-            if not stays.any():
-                raise SurgeryError(f"{held.name} dim {dim} would lose its last position; remove fewer")
-            removals.append(Removal(held.name, dim, stays.size, tuple(np.flatnonzero(~stays).tolist())))
-    if any(ids.size and surviving(after, ids) == 0 for ids in coupling.trace.ledger.parts):
-        raise SurgeryError("a part that the code cuts out would lose its last position; remove fewer")
-    for limit in coupling.trace.ledger.limits:
-        left = surviving(after, limit.ids)
-        if left < limit.least or (limit.ids.shape[-1] % limit.multiple == 0 and left % limit.multiple):
-            raise SurgeryError(f"{left} positions would be left where {limit.reason}; the plan was not made")
+    for held, dim in _touched(coupling, gone):
+        start, n = held.starts[dim], held.shape[dim]
+        here = alive[start : start + n]
+        stays = after[start : start + n][here]
+        if stays.all():
+            continue
+        if not stays.any():
+            raise SurgeryError(f"{held.name} dim {dim} would lose its last position; remove fewer")
+        removals.append(Removal(held.name, dim, stays.size, tuple(np.flatnonzero(~stays).tolist())))
+    _check_parts(coupling, after)
     settings = _settings(coupling, after)
     mirrors = _mirrors(coupling, facts)
     before, then = footprint(coupling, alive), footprint(coupling, after)
     return Plan(tuple(removals), settings, before, then, mirrors, coupling.trace.pruners), after
+
+
+def _touched(coupling: Coupling, atoms: Ids) -> list[tuple[Held, int]]:
+    """The dims of tensors that may hold some of ``atoms``, in the order of the tensors."""
+    axes = np.unique(np.searchsorted(coupling.axis_start, atoms, side="right") - 1)
+    axes = axes[axes >= 0]
+    pairs = sorted(zip(coupling.axis_held[axes].tolist(), coupling.axis_dim[axes].tolist(), strict=True))
+    return [(coupling.trace.held[held], dim) for held, dim in pairs]
+
+
+def _check_parts(coupling: Coupling, alive: Alive) -> None:
+    """Parts that the code cuts out keep a position, and widths that an op limits stay within the limit."""
+    if any(ids.size and surviving(alive, ids) == 0 for ids in coupling.trace.ledger.parts):
+        raise SurgeryError("a part that the code cuts out would lose its last position; remove fewer")
+    for limit in coupling.trace.ledger.limits:
+        left = surviving(alive, limit.ids)
+        if left < limit.least or (limit.ids.shape[-1] % limit.multiple == 0 and left % limit.multiple):
+            raise SurgeryError(f"{left} positions would be left where {limit.reason}; the plan was not made")
 
 
 def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
