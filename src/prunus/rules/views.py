@@ -223,6 +223,8 @@ def _tie_foreign_order(op: Op, label: Label, dim: int, block: Block) -> None:
         if c in block.ins and c > dim:
             first = label.ids.take([0], axis=axis)
             op.ledger.tie(np.broadcast_to(first, label.ids.shape), label.ids)
+            rows = np.moveaxis(label.ids, axis, 0).reshape(label.ids.shape[axis], -1)
+            op.ledger.align(rows, "rows that are read in another order lose the same positions")
 
 
 def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
