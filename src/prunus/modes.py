@@ -5,6 +5,7 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,7 @@ from prunus.sizes import shape_of
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})
+_NUMEL = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
 _PLAIN = frozenset({int, float, bool, type(None), str})
 _MAKES = frozenset(
     ["zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"]
@@ -242,6 +244,8 @@ class FunctionMode(TorchFunctionMode):
             shape = shape_of(labelled, tracer.ledger)
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if dim is None else shape[dim]
+        if func in _NUMEL:
+            return prod(shape_of(tracer.labels_of(args[0]), tracer.ledger))
         if func in _COMPOSED_IN_PYTHON:
             with self:
                 return _unguarded(func)(*args, **kwargs)

@@ -250,7 +250,7 @@ class _Constraints:
                 self.using.setdefault(leaf, []).append(k)
 
     def content(self, ids: Ids) -> dict[int, int]:
-        """How many positions of a row go with each lane (a coarse unit that takes one of several rows does not count)."""
+        """How many positions of a row go with each lane (a coarse unit that takes one of several rows is left out)."""
         cached = self._contents.get(id(ids))
         if cached is not None:
             return cached[1]
