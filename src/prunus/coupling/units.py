@@ -67,11 +67,18 @@ class Units:
 
     def takers_of(self, pieces: Ids) -> Ids:
         """The coarse units that take each of ``pieces`` (a unit once for each)."""
-        taken, takers = self._by_piece
+        return self.takings(pieces)[1]
+
+    def takings(self, pieces: Ids) -> tuple[Ids, Ids]:
+        """Every pair of a place in ``pieces`` and a coarse unit that takes the piece there."""
         if not self._is_taken[pieces].any():
-            return _NONE
-        spans = zip(np.searchsorted(taken, pieces), np.searchsorted(taken, pieces, side="right"), strict=True)
-        return np.concatenate([takers[a:b] for a, b in spans])
+            return _NONE, _NONE
+        taken, takers = self._by_piece
+        first = np.searchsorted(taken, pieces)
+        count = np.searchsorted(taken, pieces, side="right") - first
+        place = np.repeat(np.arange(len(pieces)), count)
+        offset = np.arange(len(place)) - np.repeat(np.cumsum(count) - count, count)
+        return place, takers[np.repeat(first, count) + offset]
 
     @cached_property
     def _by_piece(self) -> tuple[Ids, Ids]:
