@@ -311,7 +311,7 @@ class Ledger:
         self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1), split=False))
 
     def balance(self, fine: Ids, reason: str) -> None:
-        """The rows of ``fine`` (its last axis) must keep equal counts; those of one position go as a whole only."""
+        """The rows of ``fine`` (its last axis) must keep equal counts; a row of one position goes as a whole only."""
         if fine.size > fine.shape[-1] == 1:
             self.pin(fine, reason)
         elif fine.size > fine.shape[-1]:
@@ -368,7 +368,7 @@ class Ledger:
 
 
 def _runs(left: Ids, right: Ids, kinds: Ids) -> Ids:
-    """Rows ``(start, start, length, kind)`` of the longest stretches in which both sides count up by one; none twice."""
+    """Rows ``(start, start, length, kind)`` of maximal stretches in which both sides count up by one; none twice."""
     breaks = np.flatnonzero((left[1:] - left[:-1] != 1) | (right[1:] - right[:-1] != 1)) + 1
     starts = np.concatenate(([0], breaks))
     lengths = np.diff(np.concatenate((starts, [left.size])))

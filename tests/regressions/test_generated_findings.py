@@ -57,7 +57,10 @@ PROGRAMS = [
     ),
     pytest.param(
         lambda: Net(
-            lambda s, x: (s.o(s.i(x).repeat_interleave(s.n, 1).sum(1)), s.r(s.q(x).unflatten(2, (-1, s.n)).tanh().flatten(2))),
+            lambda s, x: (
+                s.o(s.i(x).repeat_interleave(s.n, 1).sum(1)),
+                s.r(s.q(x).unflatten(2, (-1, s.n)).tanh().flatten(2)),
+            ),
             i=nn.Linear(6, 8),
             q=nn.Linear(6, 8),
             n=2,
@@ -79,7 +82,11 @@ PROGRAMS = [
     ),
     pytest.param(
         lambda: image(
-            lambda s, x: F.pixel_shuffle(s.n(x), 2).unflatten(1, (s.k, s.one)).mean(2), 2, n=nn.GroupNorm(4, 8), k=2, one=1
+            lambda s, x: F.pixel_shuffle(s.n(x), 2).unflatten(1, (s.k, s.one)).mean(2),
+            2,
+            n=nn.GroupNorm(4, 8),
+            k=2,
+            one=1,
         ),
         IMAGE,
         id="the channels of a pixel live together whatever rows they are in",
@@ -113,17 +120,28 @@ PROGRAMS = [
     ),
     pytest.param(
         lambda: Net(
-            lambda s, x: (s.o(x2[:, s.n :]), s.r(x2.unflatten(1, (s.k, -1)).transpose(1, 2).flatten(1, 2)))
-            if (x2 := torch.stack([s.i(x), s.i(x)], 2).flatten(1, 2)) is not None else None,
-            i=nn.Conv2d(3, 8, 1), n=2, k=2, o=nn.Conv2d(14, 3, 1), r=nn.Conv2d(16, 3, 1),
+            lambda s, x: (
+                (s.o(x2[:, s.n :]), s.r(x2.unflatten(1, (s.k, -1)).transpose(1, 2).flatten(1, 2)))
+                if (x2 := torch.stack([s.i(x), s.i(x)], 2).flatten(1, 2)) is not None
+                else None
+            ),
+            i=nn.Conv2d(3, 8, 1),
+            n=2,
+            k=2,
+            o=nn.Conv2d(14, 3, 1),
+            r=nn.Conv2d(16, 3, 1),
         ),
         IMAGE,
         id="rows that share positions",
     ),
     pytest.param(
         lambda: sequence(
-            lambda s, x: (s.w + x.unflatten(2, (s.k, -1)).mean(2).repeat_interleave(2, 2)).unflatten(2, (4, -1)).amax(3), 4,
-            w=nn.Parameter(torch.randn(8)), k=2,
+            lambda s, x: (
+                (s.w + x.unflatten(2, (s.k, -1)).mean(2).repeat_interleave(2, 2)).unflatten(2, (4, -1)).amax(3)
+            ),
+            4,
+            w=nn.Parameter(torch.randn(8)),
+            k=2,
         ),
         SEQUENCE,
         id="copies that lie in one dim go together",
@@ -217,8 +235,12 @@ PROGRAMS = [
         id="an einsum sums what only one operand has beforehand",
     ),
     pytest.param(
-        lambda: sequence(lambda s, x: torch.einsum("btc,cd,de->bte", x, s.v, s.w), 2,
-                         v=nn.Parameter(torch.randn(8, 2)), w=nn.Parameter(torch.randn(2, 2))),
+        lambda: sequence(
+            lambda s, x: torch.einsum("btc,cd,de->bte", x, s.v, s.w),
+            2,
+            v=nn.Parameter(torch.randn(8, 2)),
+            w=nn.Parameter(torch.randn(2, 2)),
+        ),
         SEQUENCE,
         id="an einsum over one position is a product like any other",
     ),
@@ -227,7 +249,7 @@ PROGRAMS = [
         SEQUENCE,
         id="products of inputs cost too",
     ),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("build", "inputs"), PROGRAMS)

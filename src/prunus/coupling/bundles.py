@@ -177,17 +177,13 @@ def _partial_takers(units: Units, ids: Ids) -> _Partial:
     """Rows of which coarse units take a part (not all), each with the units that do and how much each takes."""
     pieces = units.pieces.of(ids)
     mark = units.taker_mark[pieces]
-    found = []
-    for k in np.flatnonzero((mark != mark[:, :1]).any(axis=1)).tolist():
-        inside, times = np.unique(pieces[k], return_counts=True)
-        took: dict[int, int] = {}
-        for piece, n in zip(inside.tolist(), times.tolist(), strict=True):
-            for unit in units.takers_of(np.array([piece])).tolist():
-                took[unit] = took.get(unit, 0) + n
-        partial = {unit: n for unit, n in took.items() if n < ids.shape[1]}
-        if partial:
-            found.append((k, np.array([*partial]), np.array([*partial.values()])))
-    return found
+    rows = np.flatnonzero((mark != mark[:, :1]).any(axis=1))
+    place, taker = units.takings(pieces[rows].reshape(-1))
+    pairs, times = np.unique(place // ids.shape[1] * units.total + taker, return_counts=True)
+    pairs, times = pairs[times < ids.shape[1]], times[times < ids.shape[1]]
+    own, first = np.unique(pairs // units.total, return_index=True)
+    parts = np.split(pairs % units.total, first[1:]), np.split(times, first[1:])
+    return list(zip(rows[own].tolist(), *parts, strict=True)) if own.size else []
 
 
 def _pin_misaligned(ledger: Ledger, units: Units, draft: _Draft) -> None:
@@ -287,7 +283,7 @@ class _Constraints:
                 self.using.setdefault(leaf, []).append(k)
 
     def content(self, ids: Ids) -> dict[int, int]:
-        """How many positions of a row go with each lane (without coarse units that take one of several rows)."""
+        """How many positions of a row go with each lane (a coarse unit that takes one of several rows is left out)."""
         cached = self._contents.get(id(ids))
         if cached is not None:
             return cached[1]

@@ -176,15 +176,15 @@ class Coupling:
         fines, many = fine[begins], np.diff(np.concatenate((begins, [units.size])))
         order, first = self._pieces_of_fine
         count = first[fines + 1] - first[fines]
-        piece, run = order[_spans(first[fines], count)], np.repeat(np.arange(fines.size), count)
+        piece, run = order[stretches(first[fines], count)], np.repeat(np.arange(fines.size), count)
         by = np.argsort(piece, kind="stable")
         piece, run = piece[by], run[by]
-        atoms = np.repeat(pieces.start[piece] - own.base[fines[run]], many[run]) + units[_spans(begins[run], many[run])]
+        atoms = np.repeat(pieces.start[piece] - own.base[fines[run]], many[run]) + units[stretches(begins[run], many[run])]
         taken = [own.takes[f] for f in fines.tolist() if f in own.takes]
         if not taken:
             return atoms
         whole = np.unique(np.concatenate(taken))
-        return np.union1d(atoms, _spans(pieces.start[whole], pieces.length[whole]))
+        return np.union1d(atoms, stretches(pieces.start[whole], pieces.length[whole]))
 
     @cached_property
     def by_rows(self) -> Coupling:
@@ -214,12 +214,6 @@ def runs_of(keys: Ids, values: Ids) -> Iterator[tuple[int, Ids]]:
     if keys.size:
         first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
         yield from zip(keys[first].tolist(), np.split(values, first[1:]), strict=True)
-
-
-def _spans(start: Ids, length: Ids) -> Ids:
-    """``start[k], start[k] + 1, ...``, ``length[k]`` of them, for each k."""
-    ends = np.cumsum(length)
-    return np.repeat(start - ends + length, length) + np.arange(int(ends[-1]) if ends.size else 0)
 
 
 def couple(trace: Trace) -> Coupling:

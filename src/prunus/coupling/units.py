@@ -67,11 +67,16 @@ class Units:
 
     def takers_of(self, pieces: Ids) -> Ids:
         """The coarse units that take each of ``pieces`` (a unit once for each)."""
-        taken, takers = self._by_piece
+        return self.takings(pieces)[1]
+
+    def takings(self, pieces: Ids) -> tuple[Ids, Ids]:
+        """Every pair of a place in ``pieces`` and a coarse unit that takes the piece there."""
         if not self._is_taken[pieces].any():
-            return _NONE
+            return _NONE, _NONE
+        taken, takers = self._by_piece
         first = np.searchsorted(taken, pieces)
-        return takers[stretches(first, np.searchsorted(taken, pieces, side="right") - first)]
+        count = np.searchsorted(taken, pieces, side="right") - first
+        return np.repeat(np.arange(len(pieces)), count), takers[stretches(first, count)]
 
     @cached_property
     def _by_piece(self) -> tuple[Ids, Ids]:
