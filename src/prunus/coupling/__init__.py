@@ -1,6 +1,6 @@
 """From ties between atoms to units, bundles and groups."""
 
-from prunus.coupling.bundles import Family
+from prunus.coupling.families import Family
 from prunus.coupling.groups import Coupling, Slice, UnitGroup, couple
 
 __all__ = ["Coupling", "Family", "Slice", "UnitGroup", "couple"]

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.coupling.bundles import Bundling, Family, find_bundles
+from prunus.coupling.bundles import Bundling, find_bundles
+from prunus.coupling.families import Family
 from prunus.coupling.pieces import Pieces, cut_into_pieces, stretches
 from prunus.coupling.units import Units, find_units
 from prunus.held import axis_of
@@ -179,7 +180,8 @@ class Coupling:
         piece, run = order[stretches(first[fines], count)], np.repeat(np.arange(fines.size), count)
         by = np.argsort(piece, kind="stable")
         piece, run = piece[by], run[by]
-        atoms = np.repeat(pieces.start[piece] - own.base[fines[run]], many[run]) + units[stretches(begins[run], many[run])]
+        shift = np.repeat(pieces.start[piece] - own.base[fines[run]], many[run])
+        atoms = shift + units[stretches(begins[run], many[run])]
         taken = [own.takes[f] for f in fines.tolist() if f in own.takes]
         if not taken:
             return atoms

@@ -1,0 +1,224 @@
+"""Constraints: the sizes that the code asks for join families, or keep them whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from fractions import Fraction
+from math import gcd, lcm
+
+import numpy as np
+
+from prunus.coupling.families import Draft
+from prunus.coupling.units import Units
+from prunus.labels import Ids, Ledger, Limit, Requirement, first_row
+from prunus.sizes import Attribute, Expression, Extent, expression_of, leaves, solve_all
+
+TINY = 1e-6
+
+
+class Constraints:
+    """The sizes that the code asks for, checked by letting each family shrink by itself."""
+
+    def __init__(
+        self, ledger: Ledger, units: Units, draft: Draft, read: Callable[[Attribute], int], rows_first: bool
+    ) -> None:
+        self.rows_first = rows_first
+        self.units = units
+        self.draft = draft
+        self.read = read
+        pieces = units.pieces
+        free = np.repeat(units.free[pieces.fine], pieces.length)
+        self._piece_at = np.repeat(np.arange(len(pieces.start)), pieces.length)
+        self._lane_at = np.where(free, draft.lane_of[units.of_atom], -1)
+        self._contents: dict[int, tuple[Ids, dict[int, int]]] = {}
+        self._coarse: dict[int, bool] = {}
+        self._solved: dict[int, dict[Attribute, float]] = {}
+        self.requirements: list[Requirement] = []
+        self.expressions: list[Expression] = []
+        self.by_lane: dict[int, set[int]] = {}
+        self.using: dict[Attribute, list[int]] = {}
+        for requirement in ledger.requirements:
+            self._add(requirement, expression_of(requirement.asked))
+
+    def _add(self, requirement: Requirement, expression: Expression) -> None:
+        """Keep a requirement if something that may go changes one of its sizes."""
+        used = list(leaves(expression))
+        if is_own_size(requirement):
+            return
+        rows = [requirement.ids, *(leaf.ids for leaf in used if isinstance(leaf, Extent))]
+        k = len(self.requirements)
+        self.requirements.append(requirement)
+        self.expressions.append(expression)
+        for row in rows:
+            for lane in self.content(row):
+                self.by_lane.setdefault(lane, set()).add(k)
+        for leaf in used:
+            if isinstance(leaf, Attribute):
+                self.using.setdefault(leaf, []).append(k)
+
+    def content(self, ids: Ids) -> dict[int, int]:
+        """How many positions of a row go with each lane (a coarse unit that takes one of several rows is left out)."""
+        cached = self._contents.get(id(ids))
+        if cached is not None:
+            return cached[1]
+        row = first_row(ids)
+        found = _tally(self._lane_at[row])
+        found.pop(-1, None)
+        for unit, n in _tally(self.units.takers_of(self._piece_at[row])).items():
+            if n < row.size or ids.ndim == 1:
+                lane = int(self.draft.lane_of[unit])
+                found[lane] = found.get(lane, 0) + n
+        self._contents[id(ids)] = (ids, found)
+        return found
+
+    def settle(self) -> None:
+        """Join families that only together keep every size right; pin those that cannot."""
+        families = {int(self.draft.family_of[lane]) for lane in self.by_lane}
+        errors = {f: self._errors(f) for f in sorted(families) if f >= 0}
+        while involved := _by_requirement(errors):
+            joins = [chosen for off in involved.values() if (chosen := self._balancing(off))]
+            if joins:
+                self._join(joins, errors)
+                continue
+            first, off = next(iter(involved.items()))
+            for family in off:
+                del errors[family]
+                self.draft.pin(family, _reason(self.expressions[first], self.requirements[first]))
+        for family in errors:
+            self.draft.step[family] = self._step(family)
+
+    def respect(self, limits: Iterable[Limit]) -> None:
+        """Steps and least numbers of bundles that keep the limits; a family that cannot keep them is pinned."""
+        for ids, least, multiple, reason in limits:
+            inside: dict[int, int] = {}
+            for lane, n in self.content(ids).items():
+                family = int(self.draft.family_of[lane])
+                inside[family] = inside.get(family, 0) + n
+            inside.pop(-1, None)
+            for family, n in inside.items():
+                whole = int(np.gcd.reduce([len(self.draft.lanes[k]) for k in self._lanes_of(family)]))
+                step = self.draft.step.get(family, 1)
+                if ids.shape[-1] % multiple == 0:
+                    step = lcm(step, multiple // gcd(multiple, n // whole))
+                if n % whole or whole % step:
+                    self.draft.pin(family, reason)
+                    continue
+                self.draft.step[family] = step
+                must_stay = -(-least * (whole // step) // n)
+                self.draft.least[family] = max(self.draft.least.get(family, 1), must_stay)
+
+    def _lanes_of(self, family: int) -> list[int]:
+        return np.flatnonzero(self.draft.family_of == family).tolist()
+
+    def _join(self, joins: list[list[int]], errors: dict[int, dict[int, float]]) -> None:
+        """Join sets of families (those that overlap become one), and look at the results again."""
+        home: dict[int, set[int]] = {}
+        for families in joins:
+            merged = set(families).union(*(home.get(f, ()) for f in families))
+            home.update(dict.fromkeys(merged, merged))
+        for merged in {id(m): m for m in home.values()}.values():
+            for family in merged:
+                del errors[family]
+                self._coarse.pop(family, None)
+            self.draft.join(merged)
+        for family in sorted({min(m) for m in home.values()}):
+            errors[family] = self._errors(family)
+
+    def _step(self, family: int) -> int:
+        """How many bundles must go at once so that every attribute stays a whole number."""
+        lanes = [self.draft.lanes[k] for k in np.flatnonzero(self.draft.family_of == family).tolist()]
+        count = gcd(*map(len, lanes))
+        solved = self._solved.get(family, {})
+        changes = [(self.read(attribute) - half) * 2 / count for attribute, half in solved.items()]
+        if all(change == round(change) for change in changes):
+            return 1
+        return lcm(*(Fraction(change).limit_denominator(count).denominator for change in changes))
+
+    def _balancing(self, errors: dict[int, float]) -> list[int]:
+        """The families whose errors have opposite signs: fine ones alone if they do, else all.
+
+        With rows first: the rows, and what is off in the other direction.
+        """
+        fine = {f: e for f, e in errors.items() if not self._is_coarse(f)}
+        signs = {e > 0 for f, e in errors.items() if f not in fine}
+        by_rows = {f: e for f, e in errors.items() if f not in fine or (e > 0) not in signs}
+        for chosen in (by_rows, fine, errors) if self.rows_first and signs else (fine, errors):
+            if any(e > 0 for e in chosen.values()) and any(e < 0 for e in chosen.values()):
+                return list(chosen)
+        return []
+
+    def _is_coarse(self, family: int) -> bool:
+        found = self._coarse.get(family)
+        if found is None:
+            lane = int(np.flatnonzero(self.draft.family_of == family)[0])
+            found = self._coarse[family] = self.units.is_coarse(int(self.draft.lanes[lane][0]))
+        return found
+
+    def _errors(self, family: int) -> dict[int, float]:
+        """By how much each requirement is off (asked minus there) when half of a family goes."""
+        relevant = self._relevant(family)
+        members = set(np.flatnonzero(self.draft.family_of == family).tolist())
+        extents: dict[int, float] = {}
+
+        def extent(ids: Ids) -> float:
+            found = extents.get(id(ids))
+            if found is None:
+                gone = sum(n for lane, n in self.content(ids).items() if lane in members)
+                found = extents[id(ids)] = ids.shape[-1] - gone / 2
+            return found
+
+        demands = [(self.expressions[k], extent(self.requirements[k].ids)) for k in relevant]
+        self._solved[family], values = solve_all(demands, extent, self.read)
+        errors = {}
+        for k, (_, size), value in zip(relevant, demands, values, strict=True):
+            if value is not None and abs(value - size) > TINY:
+                errors[k] = value - size
+        return errors
+
+    def _relevant(self, family: int) -> list[int]:
+        """The requirements that a family touches, and those that share an attribute with them."""
+        members = np.flatnonzero(self.draft.family_of == family).tolist()
+        found = set().union(*(self.by_lane.get(lane, set()) for lane in members))
+        todo = list(found)
+        while todo:
+            for leaf in leaves(self.expressions[todo.pop()]):
+                for k in self.using.get(leaf, ()) if isinstance(leaf, Attribute) else ():
+                    if k not in found:
+                        found.add(k)
+                        todo.append(k)
+        return sorted(found)
+
+
+def _by_requirement(errors: Mapping[int, Mapping[int, float]]) -> dict[int, dict[int, float]]:
+    """The errors of families, sorted by requirement."""
+    found: dict[int, dict[int, float]] = {}
+    for family, own in errors.items():
+        for k, error in own.items():
+            found.setdefault(k, {})[family] = error
+    return dict(sorted(found.items()))
+
+
+def is_own_size(requirement: Requirement) -> bool:
+    """Whether the code sizes a dim by that dim's own size, which always holds."""
+    expression = expression_of(requirement.asked)
+    return isinstance(expression, Extent) and expression.ids is requirement.ids
+
+
+def _tally(values: Ids) -> dict[int, int]:
+    """How often each value occurs."""
+    if values.size and (values == values[0]).all():
+        return {int(values[0]): values.size}
+    if values.size == 0:
+        return {}
+    times = np.bincount(values + 1)
+    found = np.flatnonzero(times)
+    return dict(zip((found - 1).tolist(), times[found].tolist(), strict=True))
+
+
+def _reason(expression: Expression, requirement: Requirement) -> str:
+    if isinstance(expression, int):
+        return (
+            f"the code sizes it with the number {expression} at {requirement.place}; "
+            "write -1 or a size read from the tensor there to free it"
+        )
+    return f"the code sizes it by {expression}, which ties it to a size that stays"
