@@ -147,12 +147,12 @@ def _disturbed(coupling: Coupling, generator: torch.Generator) -> dict[str, torc
 def _permuted(
     coupling: Coupling, families: Sequence[Family], values: dict[str, torch.Tensor], generator: torch.Generator
 ) -> dict[str, torch.Tensor]:
-    """The values after a random permutation of the units of every lane."""
+    """The values after a random cyclic permutation of the units of every lane."""
     source = np.arange(coupling.units.total)
     for family in families:
         for lane in family.lanes:
             order = torch.randperm(len(lane), generator=generator).numpy()
-            source[lane] = lane[order]
+            source[lane[order]] = lane[np.roll(order, 1)]  # one cycle through all: never the identity
     out = dict(values)
     for coarse in (False, True):
         for group in coupling.groups:

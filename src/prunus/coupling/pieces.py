@@ -207,11 +207,24 @@ def _contained(ledger: Ledger, pieces: Pieces) -> list[tuple[Ids, Ids]]:
     coarse = np.concatenate([pieces.classes[pieces.of(r.coarse)] for r in ledger.rows_of])
     number = np.repeat(np.arange(len(coarse)), np.concatenate([np.full(len(r), r.shape[1]) for r in rows]))
     shape = (len(coarse), int(pieces.classes.max()) + 1)
-    members = coo_matrix((np.ones(number.size), (number, np.concatenate([r.reshape(-1) for r in rows]))), shape).tocsr()
-    members.data[:] = 1
-    shared = (members @ members.T).tocoo()
-    whole = (shared.data == np.diff(members.indptr)[shared.col]) & (coarse[shared.row] != coarse[shared.col])
-    return [(coarse[shared.row[whole]], coarse[shared.col[whole]])]
+    own = coo_matrix((np.ones(number.size), (number, np.concatenate([r.reshape(-1) for r in rows]))), shape).tocsr()
+    own.data[:] = 1
+    length = np.diff(own.indptr)
+    row_of = coo_matrix((np.ones(coarse.size), (coarse, np.arange(coarse.size))), (shape[1], shape[0])).tocsr()
+    nested = bool(np.isin(coarse, own.indices).any())
+    held = own
+    while True:
+        if nested:  # what a row holds may be rows themselves
+            held = held + held @ (row_of @ own)
+            held.data[:] = 1
+        shared = (held @ own.T).tocoo()
+        whole = (shared.data == length[shared.col]) & (coarse[shared.row] != coarse[shared.col])
+        outer, inner = shared.row[whole], coarse[shared.col[whole]]
+        grown = held + coo_matrix((np.ones(inner.size), (outer, inner)), shape).tocsr()
+        if not nested or grown.nnz == held.nnz:
+            return [(coarse[outer], inner)]
+        grown.data[:] = 1
+        held = grown
 
 
 def reachable(pieces: Pieces) -> csr_matrix:
