@@ -397,3 +397,22 @@ def test_ops_that_return_a_held_tensor_leave_nothing_on_it() -> None:
         assert model.p.shape == (6, width)
         assert not vars(model.p)
         assert not vars(x)
+
+
+def test_statistics_survive_the_run_in_training(model_state, states_equal) -> None:
+    """A second run in training mode, for parameters that evaluation does not read, leaves no batch norm changed."""
+
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.n, self.head, self.aux = nn.Linear(4, 8), nn.BatchNorm1d(8), nn.Linear(8, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            y = self.head(self.n(self.a(x)))
+            return (y, self.aux(x)) if self.training else y
+
+    model = Auxiliary().eval()
+    before = model_state(model)
+    found = trace(model, torch.randn(4, 4))
+    assert not found.unread
+    assert states_equal(before, model_state(model))

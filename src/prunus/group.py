@@ -22,8 +22,7 @@ if TYPE_CHECKING:
     from prunus.graph import DependencyGraph
 
 
-@dataclass(frozen=True)
-class Node:
+class Node(NamedTuple):
     """A layer of the model, or one of its bare parameters."""
 
     name: str
@@ -83,8 +82,7 @@ class GroupItem:
         return 2
 
 
-@dataclass(frozen=True)
-class Side:
+class Side(NamedTuple):
     """One side (what it makes, or what it reads) of one layer, with the tensors' dims that belong to it."""
 
     node: Node

@@ -46,6 +46,8 @@ def layer_of(path: str) -> str:
         >>> layer_of("conv.parametrizations.weight"), layer_of("conv")
         ('conv', 'conv')
     """
+    if "parametrizations" not in path:
+        return path
     before, found, _ = f".{path}".partition(".parametrizations.")
     return before[1:] if found else path
 

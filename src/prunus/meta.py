@@ -36,7 +36,9 @@ def runs_without_data(model: nn.Module, device: str | torch.device | None) -> bo
     """
     if device is not None and torch.device(device).type != "meta":
         raise InputError(f"device={device!r}: only 'meta' can be asked for; to trace elsewhere, move model and inputs")
-    return device is not None or any(p.is_meta for p in model.parameters())
+    return device is not None or any(
+        p is not None and p.is_meta for m in model.modules() for p in m._parameters.values()
+    )
 
 
 class MetaMode(TorchDispatchMode):

@@ -59,6 +59,7 @@ class _Entry(NamedTuple):
     composite: bool
     mutable: bool
     makes: bool
+    dtypes: bool
 
 
 class Tracer(TorchDispatchMode):
@@ -73,7 +74,7 @@ class Tracer(TorchDispatchMode):
         self.call = PythonCall(None, (), {})
         self._modules = {id(m): path for path, m in modules}
         self._stack: list[str] = [""]
-        self._entries: dict[Any, _Entry] = {}
+        self._entries: dict[int, _Entry] = {}  # by the op's identity: its own hash is slow
         self._known: dict[int, Labelled] = {}
         self._lasting: dict[int, tuple[torch.Tensor, Labelled]] = {}  # written in place: may outlive the run
         self._index = index
@@ -163,7 +164,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        entry = self._entries.get(func) or self._classify(func)
+        entry = self._entries.get(id(func)) or self._classify(func)
         if entry.composite:
             with self:
                 result = func.decompose(*args, **kwargs)
@@ -180,10 +181,11 @@ class Tracer(TorchDispatchMode):
         composite = rule is None and torch._C._dispatch_has_kernel_for_dispatch_key(
             func.name(), "CompositeImplicitAutograd"
         )
-        name = func.overloadpacket.__name__
+        spelled = func.overloadpacket.__name__
+        name = spelled.rstrip("_") or spelled
         always = name in _MAKES or getattr(rule, "__module__", "") in _COUNTED
-        entry = _Entry(name.rstrip("_") or name, rule, composite, func._schema.is_mutable, always)
-        self._entries[func] = entry
+        entry = _Entry(name, rule, composite, func._schema.is_mutable, always, name in NEEDS_DTYPES)
+        self._entries[id(func)] = entry
         return entry
 
     def _record(self, entry: _Entry, func: Any, args: Any, kwargs: Any, result: Any) -> None:
@@ -199,15 +201,15 @@ class Tracer(TorchDispatchMode):
         outputs = [r for r in several if isinstance(r, torch.Tensor)]
         self.ledger.step = len(self.events)
         op = Op(entry.name, self.ledger, inputs, [tuple(r.shape) for r in outputs], self.call)
-        if entry.name in NEEDS_DTYPES:
+        if entry.dtypes:
             op.dtypes = [t.dtype for t in _flat((*args, *kwargs.values()))]
         found = self._apply(entry, op, lowered, named)
         if self._numbered:
             found = _numbers(op, found)
         labels = found if isinstance(found, list) else [found]
-        for tensor, dims in zip(outputs, labels, strict=False):
+        for tensor, shape, dims in zip(outputs, op.shapes, labels, strict=False):
             if dims is not None and id(tensor) not in self._index:  # some ops return a held tensor itself
-                labelled = Labelled(tuple(tensor.shape), dims, len(self.events))
+                labelled = Labelled(shape, dims, len(self.events))
                 self._numbered = self._numbered or labelled.numbers is not None
                 if entry.mutable and MARK not in tensor.__dict__:
                     self._lasting[id(tensor)] = (tensor, labelled)

@@ -90,7 +90,7 @@ def trace(
     failure: Exception | None = None
     for guard, modes in ways:
         try:
-            return _trace(model, example_inputs, forward_fn, output_transform, guard(), modes, layers)
+            return _trace(model, example_inputs, forward_fn, output_transform, guard, modes, layers)
         except PrunusError:
             raise
         except Exception as error:
@@ -124,7 +124,7 @@ def _trace(
     example_inputs: Inputs,
     forward_fn: ForwardFn | None,
     output_transform: Callable[[Any], Any] | None,
-    guard: AbstractContextManager[Any],
+    guard: Callable[[], AbstractContextManager[Any]],
     modes: _Modes,
     layers: Sequence[Customized],
 ) -> Trace:
@@ -135,28 +135,37 @@ def _trace(
     once: Modules = [(path, m) for m, path in {m: path for path, m in reversed(modules)}.items()]
     own = stand_in(layers, held, index) if layers else None
     tracer = Tracer(ledger, held, index, once) if own is None else OpaqueTracer(ledger, held, index, once, own)
-    with untouched(model, [m for _, m in once], values=False), tracer.protecting(), ExitStack() as stack:
-        stack.enter_context(_marked(once if own is None else own.visible(once), ledger))
-        for context in (guard, _without_mha_fastpath(), tracer.following_modules(), *modes(tracer)):
-            stack.enter_context(context)
+    visible = once if own is None else own.visible(once)
 
-        def run() -> None:
-            output = call_model(model, example_inputs, forward_fn)
-            if output_transform is not None:
-                output = output_transform(output)
-            ledger.step = len(tracer.events)
-            for tensor in tensors_in(output):
-                known = tracer.labels_of(tensor)
-                for label in (*known.dims, known.numbers):
-                    if label is not None:
-                        ledger.freeze(label.ids, "it is an output of the model")
+    @contextmanager
+    def recording() -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(_marked(visible, ledger))
+            for context in (guard(), _without_mha_fastpath(), tracer.following_modules(), *modes(tracer)):
+                stack.enter_context(context)
+            yield
 
-        run()
+    def run() -> None:
+        output = call_model(model, example_inputs, forward_fn)
+        if output_transform is not None:
+            output = output_transform(output)
+        ledger.step = len(tracer.events)
+        for tensor in tensors_in(output):
+            known = tracer.labels_of(tensor)
+            for label in (*known.dims, known.numbers):
+                if label is not None:
+                    ledger.freeze(label.ids, "it is an output of the model")
+
+    with untouched(model, [m for _, m in once], values=False), tracer.protecting():
+        with recording():
+            run()
         if _unread(held):
             counted = len(ledger.macs)
-            _run_in_training(model, run)
+            with _in_training(model), recording(), suppress(Exception):  # it may want targets; what is not read is told
+                run()
             unread = {id(h.tensor) for h in held if max(h.starts, default=-1) < 0}
-            tracer.siblings.call_unreached(unread, tracer.labels_of, tensors_in, ledger)
+            with recording():
+                tracer.siblings.call_unreached(unread, tracer.labels_of, tensors_in, ledger)
             del ledger.macs[counted:]
         if isinstance(tracer, OpaqueTracer):
             tracer.close()
@@ -174,13 +183,13 @@ def _unread(held: Sequence[Held]) -> tuple[str, ...]:
     )
 
 
-def _run_in_training(model: nn.Module, run: Callable[[], None]) -> None:
-    """Run once more in training mode, for layers that only train (auxiliary heads); what cannot run is left unread."""
+@contextmanager
+def _in_training(model: nn.Module) -> Iterator[None]:
+    """Training mode, for layers that only train (auxiliary heads); statistics that change with it are put back."""
     with untouched(model):
         for module in model.modules():
             module.training = True
-        with suppress(Exception):  # a training forward may want targets; the layers are then reported as not read
-            run()
+        yield
 
 
 @contextmanager

@@ -48,18 +48,20 @@ def _restore(memories: list[_Memory]) -> None:
 class _Memory:
     """What a module holds itself: mode, attributes, and the contents of those that can change in place."""
 
-    __slots__ = ("_attributes", "_containers", "_module", "_tensors")
+    __slots__ = ("_attributes", "_empty", "_filled", "_module", "_tensors")
 
     def __init__(self, module: nn.Module, values: bool) -> None:
         self._module = module
         self._attributes = dict(vars(module))
         held = self._attributes.values()
-        self._containers = [(value, value.copy() if value else ()) for value in held if type(value) in _CONTAINERS]
-        self._tensors: list[tuple[Tensor, int | None, Tensor]] = []
+        containers = [value for value in held if type(value) in _CONTAINERS]
+        self._empty = [value for value in containers if not value]
+        self._filled = [(value, value.copy()) for value in containers if value]
+        self._tensors: list[tuple[Tensor, Tensor]] = []
         if values:
             tensors = [value for value in held if isinstance(value, Tensor)]
             tensors.extend(module.buffers(recurse=False))
-            self._tensors = [(tensor, _version(tensor), tensor.detach().clone()) for tensor in tensors]
+            self._tensors = [(tensor, tensor.detach().clone()) for tensor in tensors]
 
     def restore(self) -> None:
         held = vars(self._module)
@@ -67,19 +69,16 @@ class _Memory:
             for name in [name for name in held if name not in self._attributes]:
                 del held[name]
         held.update(self._attributes)
-        for value, before in self._containers:
-            if value or before:
+        if any(self._empty):
+            for value in self._empty:
                 value.clear()
-                value.extend(before) if isinstance(value, list) else value.update(before)
-        for tensor, version, values in self._tensors:
-            if version is None or tensor._version != version:
+        for value, before in self._filled:
+            value.clear()
+            value.extend(before) if isinstance(value, list) else value.update(before)
+        for tensor, values in self._tensors:
+            if not torch.equal(tensor, values):  # versions do not tell: inference mode does not count writes
                 with torch.inference_mode(tensor.is_inference()), torch.no_grad():
                     tensor.copy_(values)
-
-
-def _version(tensor: Tensor) -> int | None:
-    """Give how often a tensor was written to; inference tensors do not keep count."""
-    return None if tensor.is_inference() else tensor._version
 
 
 @contextmanager
