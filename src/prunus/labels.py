@@ -212,6 +212,7 @@ class Ledger:
         self.parts: list[Ids] = []  # stretches that the code cuts out, which may not become empty
         self.macs: list[MacTerm] = []
         self.contracted: list[Ids] = []  # dims summed over by a contraction
+        self.paired: list[Ids] = []  # dims summed over where neither factor is a tensor that the model keeps
         self.passed: list[Ids] = []  # dims of operands that a contraction or look-up hands on
         self.batched: list[Ids] = []  # dims over which a contraction is batched: heads, experts
         self.averaged: list[Ids] = []  # dims over which a norm, mean or attention scale averages
@@ -275,8 +276,6 @@ class Ledger:
 
     def couple(self, a: Label, b: Label) -> None:
         """Tie two labels of one dim, position by position, over the union of their contexts."""
-        if a.ids is b.ids:
-            return
         if a.context == b.context:
             self.tie(a.ids, b.ids)
             return

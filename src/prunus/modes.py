@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from prunus.calls import PythonCall
 from prunus.held import Held, Modules
@@ -20,7 +21,7 @@ from prunus.labels import Dims, Label, Labelled, Ledger, Numbered, unlabelled
 from prunus.rules import Op, lookup
 from prunus.rules.table import MOVES, NEEDS_DTYPES, READS_NUMBERS, Rule
 from prunus.siblings import Siblings
-from prunus.sizes import shape_of
+from prunus.sizes import Size, shape_of
 
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -33,6 +34,7 @@ _MAKES = frozenset(
     ]
 )
 _COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
+_FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.scalar_tensor})
 _READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr})
 
 _SIZED = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "repeat", "slice", "narrow"]) | {
@@ -305,6 +307,10 @@ class FunctionMode(TorchFunctionMode):
             return prod(shape_of(labelled, tracer.ledger)) if labelled.labelled else func(*args, **kwargs)
         if func in _READS:
             tracer.read(args[0], func.__name__)
+        if func in _FROM_NUMBERS:
+            for size in tree_leaves((args, kwargs)):
+                if isinstance(size, Size):
+                    size.enters_value()
         if func in _COMPOSED_IN_PYTHON:
             with self:
                 return _unguarded(func)(*args, **kwargs)

@@ -210,24 +210,24 @@ class Size(int):
         rest = int(other) % int(self) if isinstance(other, int) and self else 0
         return self._with("//", other - rest, int.__rfloordiv__(self, other), swapped=True)
 
-    def _in_value(self) -> None:
+    def enters_value(self) -> None:
         """The size enters a computed value (an attention scale): the function changes when the dim shrinks."""
         self.ledger.in_values.extend(leaves(self.expression))
 
     def __float__(self) -> float:
-        self._in_value()
+        self.enters_value()
         return float(int(self))
 
     def __truediv__(self, other: Any) -> Any:
-        self._in_value()
+        self.enters_value()
         return int(self) / other
 
     def __rtruediv__(self, other: Any) -> Any:
-        self._in_value()
+        self.enters_value()
         return other / int(self)
 
     def __pow__(self, other: Any, modulo: Any = None) -> Any:
-        self._in_value()
+        self.enters_value()
         return int.__pow__(self, other, modulo) if modulo is not None else int(self) ** other
 
     def __neg__(self) -> Any:
@@ -259,6 +259,11 @@ class Size(int):
 
     def __hash__(self) -> int:
         return int.__hash__(self)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
+        """NumPy computes with the size, such as ``np.sqrt(self.head_dim)``."""
+        self.enters_value()
+        return getattr(ufunc, method)(*[int(v) if isinstance(v, Size) else v for v in inputs], **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> int:
         return int(self)

@@ -60,6 +60,7 @@ def contract(
     """An einsum: dim ``d`` of ``operands[k]`` is called ``letters[k][d]``; the output's dims are called ``out``."""
     found: dict[int, Label | None] = {}
     size: dict[int, int] = {}
+    made = all(operand.source > -2 for operand in operands)
     for operand, names in zip(operands, letters, strict=True):
         for name, n, own in zip(names, operand.shape, operand.dims, strict=True):
             if n == 1:
@@ -73,6 +74,8 @@ def contract(
             found[name] = label
             size[name] = n
             (op.hands_on if name in out else op.reads)(own)
+            if own is not None and made and name not in out:
+                op.ledger.paired.append(own.ids)
     for product in products(letters, out) if counted else ():
         op.count(*[(size[name], found.get(name)) for name in product])
     summed = {name: found.get(name) is None for name in size if name not in out}

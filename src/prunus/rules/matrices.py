@@ -97,4 +97,9 @@ def trilinear(
     """A product of three tensors, each with new dims at ``expand``, summed over ``sumdim``."""
     total = a.ndim + len(expand1)
     letters = [[d for d in range(total) if d not in new] for new in (expand1, expand2, expand3)]
-    return contract(op, [a, b, c], letters, [d for d in range(total) if d not in sumdim])
+    sizes: dict[int, tuple[int, Label | None]] = {}
+    for tensor, names in zip((b, a, c), letters[1:2] + letters[:1] + letters[2:], strict=True):
+        for name, n, label in zip(names, tensor.shape, tensor.dims, strict=True):
+            sizes.setdefault(name, (n, label))
+    op.count(*sizes.values())
+    return contract(op, [a, b, c], letters, [d for d in range(total) if d not in sumdim], counted=False)

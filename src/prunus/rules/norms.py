@@ -39,6 +39,9 @@ def batch_norm(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Di
     if not vectors and label is not None:
         op.require_attribute("num_features", x.shape[channel], label.ids)
     dims = (*x.dims[:channel], label, *x.dims[channel + 1 :])
+    if len(args) > 4 and args[4] is True:  # by the statistics of what it sees
+        for other in (*x.dims[:channel], *x.dims[channel + 1 :]):
+            op.averages(other)
     if len(op.shapes) == 1:
         return dims
     statistics = (label,) if label is not None and not label.context else None
