@@ -21,6 +21,9 @@ from numpy.typing import NDArray
 
 Ids: TypeAlias = NDArray[np.int64]
 
+NEAR = 32  # steps between the computing of a number from a size and its use
+SAME = 1e-12
+
 ONE_TO_ONE, LEFT_IS_ONE, RIGHT_IS_ONE, MANY_TO_MANY = 0, 1, 2, 3
 
 
@@ -151,6 +154,26 @@ class MacTerm(NamedTuple):
     step: int
 
 
+class Number(NamedTuple):
+    """Before ``step``, a size (``expression``, then ``size``) was turned into a number that is computed with."""
+
+    step: int
+    expression: Any
+    size: int
+
+
+class Scale(NamedTuple):
+    """Step ``step`` multiplies ``operand`` by ``size ** power``.
+
+    The size is the length of the rows ``of``, or of a dim that the code sizes by the expression ``of``.
+    """
+
+    step: int
+    operand: Labelled
+    of: Any
+    power: float
+
+
 @dataclass(frozen=True)
 class TieTable:
     """All ties as intervals: position ``k < length`` of ``left + k`` is tied to ``right + k``."""
@@ -178,7 +201,10 @@ class Ledger:
         self.passed: list[Ids] = []  # dims of operands that a contraction or look-up hands on
         self.batched: list[Ids] = []  # dims over which a contraction is batched: heads, experts
         self.averaged: list[Ids] = []  # dims over which a norm, mean or attention scale averages
-        self.in_values: list[Any] = []  # sizes that entered a computed number, such as an attention scale
+        self.numbers: list[Number] = []  # sizes that entered a computed number, such as an attention scale
+        self.scales: list[Scale] = []  # products with a power of a size
+        self.evaluated = 0  # how many steps the run in eval mode had (one in training mode may follow)
+        self.matched: set[int] = set()  # those of `numbers` that are known to have entered a scale, and nothing else
         self.uniform: set[int] = set()  # ids (by object) of dims along which all values are equal
         self._ties: list[tuple[int, int, int, int, int]] = []
         self._seen: set[tuple[int, int, int]] = set()
@@ -267,6 +293,22 @@ class Ledger:
     def require(self, asked: Any, ids: Ids, place: str = "") -> None:
         """The model's code sizes the dim whose rows are ``ids`` with ``asked``."""
         self.requirements.append(Requirement(asked, ids, self.step, place))
+
+    def scale(self, operand: Labelled, of: Any, power: float) -> None:
+        """The step multiplies ``operand`` by a power of a size; see :class:`Scale`."""
+        self.scales.append(Scale(self.step, operand, of, power))
+
+    def match(self, value: float, operand: Labelled, sign: float) -> None:
+        """If ``value``, by which the step multiplies, is the root of a size (or its inverse) just computed: a scale."""
+        for k in range(len(self.numbers) - 1, -1, -1):
+            number = self.numbers[k]
+            if self.step - number.step > NEAR:
+                return
+            for power in (0.5, -0.5):
+                if abs(value * float(number.size) ** -power - 1) < SAME:
+                    self.matched.add(k)
+                    self.scale(operand, number.expression, sign * power)
+                    return
 
     def count_macs(self, factor: int, rows: Iterable[Ids]) -> None:
         """The step does ``factor * prod(len(row))`` multiply-adds."""

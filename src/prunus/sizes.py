@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from prunus.labels import Ids, Labelled, Ledger
+from prunus.labels import Ids, Labelled, Ledger, Number
 
 SMALLEST = 2  # a size of 1 cannot be pruned, so it is never followed
 _HOUSEKEEPING = frozenset(
@@ -205,7 +205,7 @@ class Size(int):
 
     def _in_value(self) -> None:
         """The size enters a computed value (an attention scale): the function changes when the dim shrinks."""
-        self.ledger.in_values.extend(leaves(self.expression))
+        self.ledger.numbers.append(Number(self.ledger.step, self.expression, int(self)))
 
     def __float__(self) -> float:
         self._in_value()

@@ -117,6 +117,7 @@ def _trace(
                         ledger.freeze(label.ids, "it is an output of the model")
 
         run()
+        ledger.evaluated = len(tracer.events)
         if _unread(held):
             _run_in_training(model, ledger, run)
     unsupported = {name: tuple(dict.fromkeys(where)) for name, where in tracer.unsupported.items()}

@@ -203,9 +203,10 @@ def _averaged(coupling: Coupling) -> NDArray[np.bool_]:
     """Atoms of dims whose size enters the numbers that are computed: means, norms, scales of attention."""
     ledger = coupling.trace.ledger
     found = np.zeros(ledger.size, dtype=bool)
-    sizes = set(ledger.in_values)
+    sizes = {leaf for k, n in enumerate(ledger.numbers) if k not in ledger.matched for leaf in leaves(n.expression)}
     for ids in (
         *ledger.averaged,
+        *(fold.ids for fold in coupling.folds if fold.why),
         *(leaf.ids for leaf in sizes if isinstance(leaf, Extent)),
         *(r.ids for r in ledger.requirements if sizes.intersection(leaves(expression_of(r.asked)))),
     ):
@@ -213,18 +214,19 @@ def _averaged(coupling: Coupling) -> NDArray[np.bool_]:
     return found
 
 
-def _silence(graph: DependencyGraph, values: dict[str, torch.Tensor], run: _Runner) -> float | None:
-    """Remove a bundle of every family over which nothing averages, and compare with zeros in its place."""
-    coupling = graph.coupling
+def _silent_units(coupling: Coupling) -> Ids:
+    """A bundle of every family over which nothing averages."""
     averaged = _averaged(coupling)
-    chosen: list[Ids] = []
+    chosen = [np.empty(0, dtype=np.int64)]
     for family in default_families(coupling):
         units = np.concatenate([lane[: len(lane) // family.count] for lane in family.lanes])
         if family.count > 1 and not averaged[coupling.atoms_of(units)].any():
             chosen.append(units)
-    if not chosen:
-        return None
-    units = np.concatenate(chosen)
+    return np.concatenate(chosen)
+
+
+def _silenced(coupling: Coupling, values: dict[str, torch.Tensor], units: Ids) -> dict[str, torch.Tensor]:
+    """The values with zeros in everything that goes with ``units``."""
     silent = dict(values)
     gone = np.zeros(coupling.trace.ledger.size, dtype=bool)
     gone[coupling.atoms_of(units)] = True
@@ -238,7 +240,15 @@ def _silence(graph: DependencyGraph, values: dict[str, torch.Tensor], run: _Runn
             if places.size:
                 index = torch.from_numpy(places).to(values[held.name].device)
                 silent[held.name] = silent[held.name].index_fill(dim, index, 0)
-    expected = run(silent)
+    return silent
+
+
+def _silence(graph: DependencyGraph, values: dict[str, torch.Tensor], run: _Runner) -> float | None:
+    """Remove a bundle of every family over which nothing averages, and compare with zeros in its place."""
+    units = _silent_units(graph.coupling)
+    if units.size == 0:
+        return None
+    expected = run(_silenced(graph.coupling, values, units))
     with borrowed(graph.model, values):
         receipt = graph._prune(units, record_history=False)
         try:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.coupling.bundles import Bundling, Family, find_bundles
+from prunus.coupling.folds import Fold, find_folds
 from prunus.coupling.pieces import Pieces, cut_into_pieces
 from prunus.coupling.units import Units, find_units
 from prunus.held import axis_of
@@ -157,6 +158,11 @@ class Coupling:
                     start = self.pieces.start[piece]
                     gone[start : start + self.pieces.length[piece]] = True
         return np.flatnonzero(gone)
+
+    @cached_property
+    def folds(self) -> tuple[Fold, ...]:
+        """Products with a power of a size, and what can make up for its change."""
+        return find_folds(self.trace)
 
     @cached_property
     def by_rows(self) -> Coupling:

@@ -44,7 +44,11 @@ def reduce(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims |
     if op.name in ("max", "min") and len(op.shapes) > 1:
         op.freeze([x.dims[d] for d in gone], f"{op.name} returns numbers of its positions")
     for d in gone:
-        op.averages(labels.dims[d])
+        label = labels.dims[d]
+        if label is not None and op.name == "mean":
+            op.ledger.scale(x, label.ids, -1.0)
+        else:
+            op.averages(label)
         labels = Labelled(x.shape, without_context(op, labels, d))
     keep = bool(x.ndim) and len(op.shape) == x.ndim
     order = (
