@@ -7,19 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunus.labels import (
-    LEFT_IS_ONE,
-    MANY_TO_MANY,
-    ONE_TO_ONE,
-    RIGHT_IS_ONE,
-    Label,
-    Labelled,
-    Ledger,
-    first_row,
-    settle,
-    surviving,
-    unlabelled,
-)
+from prunus.labels import Label, Labelled, first_row, settle, surviving, unlabelled
+from prunus.ledger import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
 
 
 def ties(ledger: Ledger) -> list[tuple[int, int, int, int]]:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import prunus
-from prunus.labels import Ledger
+from prunus.ledger import Ledger
 from prunus.sizes import (
     Attribute,
     Binary,

@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from prunus.calls import PythonCall
 from prunus.held import Held, Modules
-from prunus.labels import Dims, Label, Labelled, Ledger, Numbered, unlabelled
+from prunus.labels import Dims, Label, Labelled, Numbered, unlabelled
+from prunus.ledger import Ledger
 from prunus.rules import Op, lookup
 from prunus.rules.table import MOVES, NEEDS_DTYPES, READS_NUMBERS, Rule
 from prunus.siblings import Siblings
@@ -51,6 +52,8 @@ class Event(NamedTuple):
     module: str
     sources: tuple[int, ...]  # steps (>= 0) and held tensors (-2 - index)
     outputs: tuple[Dims | None, ...]
+    inputs: tuple[Labelled, ...] = ()  # by identity: what one op makes (`results`) and another one reads is one object
+    results: tuple[Labelled, ...] = ()  # without those of which nothing is known
 
 
 class _Entry(NamedTuple):
@@ -209,6 +212,7 @@ class Tracer(TorchDispatchMode):
         if self._numbered:
             found = _numbers(op, found)
         labels = found if isinstance(found, list) else [found]
+        results: list[Labelled] = []
         for tensor, shape, dims in zip(outputs, op.shapes, labels, strict=False):
             if dims is not None and id(tensor) not in self._index:  # some ops return a held tensor itself
                 labelled = Labelled(shape, dims, len(self.events))
@@ -217,8 +221,18 @@ class Tracer(TorchDispatchMode):
                     self._lasting[id(tensor)] = (tensor, labelled)
                 else:
                     setattr(tensor, MARK, labelled)
+                results.append(labelled)
+        if self.ledger.numbers:
+            self._match_number(entry.name, inputs)
         sources = tuple([i.source for i in inputs if i.source != -1])
-        self.events.append(Event(entry.name, self._stack[-1], sources, tuple(labels)))
+        self.events.append(Event(entry.name, self._stack[-1], sources, tuple(labels), tuple(inputs), tuple(results)))
+
+    def _match_number(self, name: str, inputs: list[Labelled]) -> None:
+        """The op multiplies (or divides) by a number that was computed from a size just before."""
+        if name in ("mul", "div", "scaled_dot_product_attention") and inputs:
+            for value in (*self.call.args, *self.call.kwargs.values()):
+                if type(value) is float:
+                    self.ledger.match(value, inputs[0], -1.0 if name == "div" else 1.0)
 
     def _apply(self, entry: _Entry, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """The rule's answer; an op without a rule, or one whose rule fails on it, freezes what flows into it."""

@@ -22,7 +22,8 @@ from torch.utils._pytree import tree_leaves
 
 from prunus.errors import InputError
 from prunus.held import CHANNELS, Held, Modules, Place
-from prunus.labels import Label, Labelled, Ledger, MacTerm, unlabelled
+from prunus.labels import Label, Labelled, unlabelled
+from prunus.ledger import Ledger, MacTerm
 from prunus.modes import MARK, Event, Tracer
 from prunus.rules import Op
 

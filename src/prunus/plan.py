@@ -76,6 +76,19 @@ class Mirror:
 
 
 @dataclass(frozen=True)
+class Scaling:
+    """Positions of one dim of one tensor that are multiplied (numbered as the tensor is before the plan).
+
+    It makes up for a number that the model computes from a size which the plan changes, such as the scale of attention.
+    """
+
+    tensor: str
+    dim: int
+    positions: tuple[int, ...]
+    factor: float
+
+
+@dataclass(frozen=True)
 class Plan:
     """What to remove from a model, and what it will cost then."""
 
@@ -85,6 +98,8 @@ class Plan:
     after: Footprint
     mirrors: tuple[Mirror, ...] = field(default=())
     pruners: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # of customised layers
+    scalings: tuple[Scaling, ...] = field(default=())
+    notes: tuple[str, ...] = field(default=())  # what could not be made up for, and why
 
     def __len__(self) -> int:
         return len(self.removals)
@@ -96,6 +111,8 @@ class Plan:
         ]
         lines += [f"  {r.tensor} dim {r.dim}: {r.size} -> {r.size - len(r.positions)}" for r in self.removals]
         lines += [f"  {s.attribute} = {s.value}" for s in self.settings]
+        lines += [f"  {s.tensor} dim {s.dim}: {len(s.positions)} times {s.factor:.4g}" for s in self.scalings]
+        lines += [f"  {note}" for note in self.notes]
         return "\n".join(lines)
 
     def apply(self, model: Any, optimizer: Any = None, customized_pruners: Mapping[Any, Any] | None = None) -> Receipt:
@@ -123,7 +140,18 @@ class Plan:
         settings = {s.attribute: s for s in (*self.settings, *later.settings)}
         mirrors = tuple(dict.fromkeys((*self.mirrors, *later.mirrors)))
         pruners = {**self.pruners, **later.pruners}
-        return Plan(tuple(merged.values()), tuple(settings.values()), self.before, later.after, mirrors, pruners)
+        scalings = (*self.scalings, *(_earlier(s, first.get((s.tensor, s.dim))) for s in later.scalings))
+        notes = tuple(dict.fromkeys((*self.notes, *later.notes)))
+        return Plan(
+            tuple(merged.values()),
+            tuple(settings.values()),
+            self.before,
+            later.after,
+            mirrors,
+            pruners,
+            scalings,
+            notes,
+        )
 
     def to_json(self) -> str:
         """The plan as a JSON text."""
@@ -148,6 +176,10 @@ class Plan:
                 Footprint(**data["before"]),
                 Footprint(**data["after"]),
                 tuple(Mirror(**m) for m in data["mirrors"]),
+                scalings=tuple(
+                    Scaling(s["tensor"], s["dim"], tuple(s["positions"]), s["factor"]) for s in data.get("scalings", ())
+                ),
+                notes=tuple(data.get("notes", ())),
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is not a plan (format {FORMAT}) as Plan.to_json writes it: {error!r}") from error
@@ -160,6 +192,14 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a plan that :meth:`save` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _earlier(scaling: Scaling, removal: Removal | None) -> Scaling:
+    """The scaling with its positions numbered as they were before ``removal``."""
+    if removal is None:
+        return scaling
+    left = np.delete(np.arange(removal.size), removal.positions)
+    return replace(scaling, positions=tuple(left[list(scaling.positions)].tolist()))
 
 
 def everything_alive(coupling: Coupling) -> Alive:
@@ -214,8 +254,9 @@ def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact
     _check_parts(coupling, after)
     settings = _settings(coupling, after)
     mirrors = _mirrors(coupling, facts)
-    before, then = footprint(coupling, alive), footprint(coupling, after)
-    return Plan(tuple(removals), settings, before, then, mirrors, coupling.trace.pruners), after
+    scalings, notes = _scalings(coupling, alive, after)
+    costs = footprint(coupling, alive), footprint(coupling, after)
+    return Plan(tuple(removals), settings, *costs, mirrors, coupling.trace.pruners, scalings, notes), after
 
 
 def _touched(coupling: Coupling, atoms: Ids) -> list[tuple[Held, int]]:
@@ -234,6 +275,32 @@ def _check_parts(coupling: Coupling, alive: Alive) -> None:
         left = surviving(alive, limit.ids)
         if left < limit.least or (limit.ids.shape[-1] % limit.multiple == 0 and left % limit.multiple):
             raise SurgeryError(f"{left} positions would be left where {limit.reason}; the plan was not made")
+
+
+def _scalings(coupling: Coupling, alive: Alive, after: Alive) -> tuple[tuple[Scaling, ...], tuple[str, ...]]:
+    """What makes up for numbers that are computed from sizes which change, and what nothing makes up for."""
+    found = []
+    missed: dict[str, int] = {}
+    for fold in coupling.folds:
+        before, now = surviving(alive, fold.ids), surviving(after, fold.ids)
+        if now in (before, 0):
+            continue
+        if fold.why:
+            event = coupling.trace.events[fold.step]
+            text = (
+                f"{event.name} computes with a size that changes, and the weights could not make up for it: {fold.why}"
+            )
+            missed[text] = missed.get(text, 0) + 1
+            continue
+        for target in fold.targets:
+            held = coupling.trace.held[target.held]
+            start = held.starts[target.dim]
+            atoms = np.array(target.atoms)
+            rank = np.cumsum(alive[start : start + held.shape[target.dim]]) - 1
+            positions = rank[atoms[after[atoms]] - start]
+            factor = (now / before) ** -fold.power
+            found.append(Scaling(held.name, target.dim, tuple(positions.tolist()), factor))
+    return tuple(found), tuple(f"{text} ({times} times)" if times > 1 else text for text, times in missed.items())
 
 
 def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
@@ -278,6 +345,7 @@ __all__ = [
     "Mirror",
     "Plan",
     "Removal",
+    "Scaling",
     "Setting",
     "everything_alive",
     "footprint",

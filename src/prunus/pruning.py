@@ -54,7 +54,8 @@ class PruneResult:
         before, after = self.before, self.after
         table = layer_table(self.graph.coupling, *self._alive, before, after)
         macs, params = after.macs / max(before.macs, 1), after.params / max(before.params, 1)
-        return f"{render(table)}\n{macs:.1%} of the MACs and {params:.1%} of the parameters are left."
+        left = f"{macs:.1%} of the MACs and {params:.1%} of the parameters are left."
+        return "\n".join((render(table), left, *self.plan.notes))
 
 
 def prune(  # noqa: PLR0913 - each keyword is a choice of the user

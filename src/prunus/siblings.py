@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from prunus.labels import Labelled, Ledger
+from prunus.labels import Labelled
+from prunus.ledger import Ledger
 
 LabelsOf = Callable[[torch.Tensor], Labelled]
 TensorsIn = Callable[[Any], Iterator[torch.Tensor]]

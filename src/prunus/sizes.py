@@ -9,7 +9,7 @@ was read from a shape), an attribute must be set, or (a plain number in the code
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
 from typing import Any, NamedTuple, TypeAlias
@@ -17,7 +17,8 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
-from prunus.labels import Ids, Labelled, Ledger
+from prunus.labels import Ids, Labelled
+from prunus.ledger import Ledger, Number
 
 SMALLEST = 2  # a size of 1 cannot be pruned, so it is never followed
 _HOUSEKEEPING = frozenset(
@@ -149,13 +150,30 @@ def solve_all(
         progress, left = False, []
         for demand in waiting:
             found = solve(*demand, known)
-            if found is None:
+            if found is None or _bends(demand[0], *found, solved, read):
                 left.append(demand)
             else:
                 solved[found[0]] = found[1]
                 progress = True
         waiting = left
     return solved, [evaluate(expression, settled) for expression, _ in demands]
+
+
+def _bends(
+    expression: Expression,
+    attribute: Attribute,
+    value: float,
+    solved: Mapping[Attribute, float],
+    read: Callable[[Attribute], int],
+) -> bool:
+    """Whether an attribute would change beside another factor that changes: that is no longer in proportion.
+
+    An attribute such as a ratio of two widths keeps its value then, and the widths shrink in step.
+    """
+    if not isinstance(expression, Binary) or value == read(attribute):
+        return False
+    others = (leaf for leaf in leaves(expression) if leaf != attribute and isinstance(leaf, Attribute))
+    return expression.operator in "*//" and any(leaf in solved and solved[leaf] != read(leaf) for leaf in others)
 
 
 class Size(int):
@@ -212,7 +230,7 @@ class Size(int):
 
     def enters_value(self) -> None:
         """The size enters a computed value (an attention scale): the function changes when the dim shrinks."""
-        self.ledger.in_values.extend(leaves(self.expression))
+        self.ledger.numbers.append(Number(self.ledger.step, self.expression, int(self)))
 
     def __float__(self) -> float:
         self.enters_value()

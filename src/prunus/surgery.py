@@ -7,7 +7,7 @@ everything, bit for bit, because the old tensors were never written to.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,7 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from prunus.errors import SurgeryError
 from prunus.handlers import layer_cuts, tensor_removals
 from prunus.held import layer_of
-from prunus.plan import Mirror, Plan, Removal
+from prunus.plan import Mirror, Plan, Removal, Scaling
 from prunus.sizes import attribute_home
 from prunus.untouched import untouched
 
@@ -97,6 +97,10 @@ def _prepare(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | No
     by_tensor: dict[str, list[Removal]] = {}
     for removal in tensor_removals(plan):
         by_tensor.setdefault(removal.tensor, []).append(removal)
+    scalings: dict[str, list[Scaling]] = {}
+    for scaling in plan.scalings:
+        by_tensor.setdefault(scaling.tensor, [])
+        scalings.setdefault(scaling.tensor, []).append(scaling)
     aliases = _aliases(model)
     twins: dict[Any, list[nn.Parameter]] = {}
     for parameter in model.parameters():
@@ -106,7 +110,7 @@ def _prepare(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | No
         tensor = _tensor(model, name, removals)
         cut = _cutter(removals)
         with torch.no_grad():
-            new = cut(tensor)
+            new = cut(_scaled(tensor, scalings.get(name, ())))
         for module, key in aliases[id(tensor)]:
             changes.append(_swap_tensor(module, key, new))
         for twin in twins.get(_memory(tensor), ()) if isinstance(tensor, nn.Parameter) else ():
@@ -169,6 +173,18 @@ def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tenso
             raise SurgeryError(f"{name} dim {removal.dim}: the plan names positions that do not exist")
         if len(set(removal.positions)) >= removal.size:
             raise SurgeryError(f"{name} dim {removal.dim} would lose its last position")
+    return tensor
+
+
+def _scaled(tensor: torch.Tensor, scalings: Sequence[Scaling]) -> torch.Tensor:
+    """The tensor with some positions multiplied, to make up for numbers that are computed from sizes."""
+    for scaling in scalings:
+        if scaling.dim >= tensor.dim() or not all(0 <= p < tensor.shape[scaling.dim] for p in scaling.positions):
+            raise SurgeryError(f"{scaling.tensor} dim {scaling.dim}: the plan scales positions that do not exist")
+        factor = torch.ones(tensor.shape[scaling.dim], dtype=torch.float64)
+        factor[list(scaling.positions)] = scaling.factor
+        shape = [-1 if d == scaling.dim else 1 for d in range(tensor.dim())]
+        tensor = tensor.detach() * factor.to(tensor.device, tensor.dtype).view(shape)
     return tensor
 
 

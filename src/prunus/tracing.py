@@ -18,7 +18,7 @@ from torch import nn
 
 from prunus.errors import InputError, PrunusError
 from prunus.held import Held, Modules, held_tensors
-from prunus.labels import Ledger
+from prunus.ledger import Ledger
 from prunus.meta import MetaFunctionMode, MetaMode, OverwrittenError, no_values, runs_without_data
 from prunus.modes import Event, FunctionMode, Tracer
 from prunus.opaque import Customized, OpaqueTracer, find_customized, stand_in
@@ -159,6 +159,7 @@ def _trace(
     with untouched(model, [m for _, m in once], values=False), tracer.protecting():
         with recording():
             run()
+        ledger.evaluated = len(tracer.events)
         if _unread(held):
             counted = len(ledger.macs)
             with _in_training(model), recording(), suppress(Exception):  # it may want targets; what is not read is told

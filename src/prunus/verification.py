@@ -227,14 +227,26 @@ def _averaged(coupling: Coupling) -> NDArray[np.bool_]:
     """Atoms of dims whose size enters the numbers that are computed: means, norms, scales of attention."""
     ledger = coupling.trace.ledger
     found = np.zeros(ledger.size, dtype=bool)
-    sizes = set(ledger.in_values)
+    sizes = {leaf for k, n in enumerate(ledger.numbers) if k not in ledger.matched for leaf in leaves(n.expression)}
     for ids in (
         *ledger.averaged,
+        *(fold.ids for fold in coupling.folds if fold.why),
         *(leaf.ids for leaf in sizes if isinstance(leaf, Extent)),
         *(r.ids for r in ledger.requirements if sizes.intersection(leaves(expression_of(r.asked)))),
     ):
         found[ids] = True
     return found
+
+
+def _silent_units(coupling: Coupling) -> list[Ids]:
+    """A bundle of every family over which nothing averages."""
+    averaged = _averaged(coupling)
+    chosen = []
+    for family in default_families(coupling):
+        units = np.concatenate([lane[: len(lane) // family.count] for lane in family.lanes])
+        if family.count > 1 and not averaged[coupling.atoms_of(units)].any():
+            chosen.append(units)
+    return chosen
 
 
 def _silence(graph: DependencyGraph, values: dict[str, torch.Tensor], run: _Runner, tolerance: float) -> float | None:
@@ -244,12 +256,7 @@ def _silence(graph: DependencyGraph, values: dict[str, torch.Tensor], run: _Runn
     linear attention it does not): they count if they pass.
     """
     coupling = graph.coupling
-    averaged = _averaged(coupling)
-    chosen: list[Ids] = []
-    for family in default_families(coupling):
-        units = np.concatenate([lane[: len(lane) // family.count] for lane in family.lanes])
-        if family.count > 1 and not averaged[coupling.atoms_of(units)].any():
-            chosen.append(units)
+    chosen = _silent_units(coupling)
     error = _against_zeros(graph, chosen, values, run)
     if error is None or error <= tolerance:
         return error
@@ -266,8 +273,21 @@ def _against_zeros(
     """The distance of the outputs after removing units from those with zeros in their place (None: not comparable)."""
     if not chosen:
         return None
-    coupling = graph.coupling
     units = np.concatenate(chosen)
+    expected = run(_silenced(graph.coupling, values, units))
+    if any(bool(t.isnan().any()) for t in expected):  # something divides by the length of what was silenced
+        return None
+    with borrowed(graph.model, values):
+        receipt = graph._prune(units, record_history=False)
+        try:
+            found = run({})
+        finally:
+            receipt.undo()
+    return _distance(expected, found)
+
+
+def _silenced(coupling: Coupling, values: dict[str, torch.Tensor], units: Ids) -> dict[str, torch.Tensor]:
+    """The values with zeros in everything that goes with ``units``."""
     silent = dict(values)
     gone = np.zeros(coupling.trace.ledger.size, dtype=bool)
     gone[coupling.atoms_of(units)] = True
@@ -281,16 +301,7 @@ def _against_zeros(
             if places.size:
                 index = torch.from_numpy(places).to(values[held.name].device)
                 silent[held.name] = silent[held.name].index_fill(dim, index, 0)
-    expected = run(silent)
-    if any(bool(t.isnan().any()) for t in expected):  # something divides by the length of what was silenced
-        return None
-    with borrowed(graph.model, values):
-        receipt = graph._prune(units, record_history=False)
-        try:
-            found = run({})
-        finally:
-            receipt.undo()
-    return _distance(expected, found)
+    return silent
 
 
 def prunable_share(coupling: Coupling) -> float:

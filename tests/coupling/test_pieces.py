@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunus.coupling.pieces import components, cut_into_pieces
-from prunus.labels import Ledger
+from prunus.ledger import Ledger
 
 
 def test_whole_axes_stay_whole() -> None:

@@ -19,7 +19,8 @@ from prunus.coupling.constraints import Constraints, is_own_size
 from prunus.coupling.families import Draft, Family
 from prunus.coupling.pieces import components
 from prunus.coupling.units import Units
-from prunus.labels import Ids, Ledger
+from prunus.labels import Ids
+from prunus.ledger import Ledger
 from prunus.sizes import Attribute, Extent, expression_of, leaves
 
 _Partial: TypeAlias = "list[tuple[int, Ids, Ids]]"  # rows of a balance, coarse units that take a part, how much

@@ -10,7 +10,8 @@ import numpy as np
 
 from prunus.coupling.families import Draft
 from prunus.coupling.units import Units
-from prunus.labels import Ids, Ledger, Limit, Requirement, first_row
+from prunus.labels import Ids, first_row
+from prunus.ledger import Ledger, Limit, Requirement
 from prunus.sizes import Attribute, Expression, Extent, expression_of, leaves, solve_all
 
 TINY = 1e-6

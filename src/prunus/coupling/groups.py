@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from prunus.coupling.bundles import Bundling, find_bundles
 from prunus.coupling.families import Family
+from prunus.coupling.folds import Fold, find_folds
 from prunus.coupling.pieces import Pieces, cut_into_pieces, stretches
 from prunus.coupling.units import Units, find_units
 from prunus.held import axis_of
@@ -187,6 +188,11 @@ class Coupling:
             return atoms
         whole = np.unique(np.concatenate(taken))
         return np.union1d(atoms, stretches(pieces.start[whole], pieces.length[whole]))
+
+    @cached_property
+    def folds(self) -> tuple[Fold, ...]:
+        """Products with a power of a size, and what can make up for its change."""
+        return find_folds(self.trace)
 
     @cached_property
     def by_rows(self) -> Coupling:

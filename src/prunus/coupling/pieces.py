@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix, csr_matrix
 from scipy.sparse.csgraph import connected_components
 
-from prunus.labels import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE, Ids, Ledger
+from prunus.labels import Ids
+from prunus.ledger import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
 
 ROUNDS = 64  # after so many rounds of travelling cuts, what still moves is cut at every position
 

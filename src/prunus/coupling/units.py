@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_matrix
 
 from prunus.coupling.pieces import Pieces, reachable, stretches
-from prunus.labels import Freeze, Ids, Ledger
+from prunus.labels import Ids
+from prunus.ledger import Freeze, Ledger
 
 _NONE: Ids = np.empty(0, dtype=np.int64)
 

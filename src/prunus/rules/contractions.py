@@ -171,8 +171,8 @@ def attention(op: Op, q: Labelled, k: Labelled, v: Labelled, *args: Any, **kwarg
         op.freeze(t.dims[-2:], "it masks attention")
     lead = [*range(batch)]
     scores = contract(op, [q, k], [[*lead, 100, 102], [*lead, 101, 102]], [*lead, 100, 101])
-    if kwargs.get("scale") is None:
-        op.averages(q.dims[-1])
+    if kwargs.get("scale") is None and q.dims[-1] is not None:
+        op.ledger.scale(op.inputs[0], q.dims[-1].ids, -0.5)
     weights = Labelled((*np.broadcast_shapes(q.shape[:-2], k.shape[:-2]), q.shape[-2], k.shape[-2]), scores)
     for mask in op.inputs[3:]:
         weights = Labelled(weights.shape, plus(op, mask, weights.dims))

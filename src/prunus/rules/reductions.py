@@ -44,7 +44,11 @@ def reduce(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims |
     gone = _reduced(op, x, args, kwargs)
     labels = x
     for d in gone:
-        op.averages(labels.dims[d])
+        label = labels.dims[d]
+        if label is not None and op.name == "mean":
+            op.ledger.scale(x, label.ids, -1.0)
+        else:
+            op.averages(label)
         labels = Labelled(x.shape, without_context(op, labels, d))
     keep = bool(x.ndim) and len(op.shape) == x.ndim
     order = (

@@ -28,7 +28,8 @@ import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
 from prunus.errors import InputError
-from prunus.labels import Dims, Ids, Label, Labelled, Ledger
+from prunus.labels import Dims, Ids, Label, Labelled
+from prunus.ledger import Ledger
 
 Result: TypeAlias = "Dims | list[Dims | None] | None"
 Rule: TypeAlias = Callable[..., Result]

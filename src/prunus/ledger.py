@@ -1,0 +1,337 @@
+"""The ledger: everything that rules say about atoms while a model is traced.
+
+Which live or die together (ties), which must stay (freezes), which only go as part of a row (pins), which form rows (a
+head), which rows must stay equally long (balance), and which sizes the model's code asks for (requirements). It knows
+numpy and integers, nothing of torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from prunus.labels import Ids, Label, Labelled
+
+NEAR = 32  # steps between the computing of a number from a size and its use
+SAME = 1e-12
+
+ONE_TO_ONE, LEFT_IS_ONE, RIGHT_IS_ONE, MANY_TO_MANY = 0, 1, 2, 3
+
+
+class Freeze(NamedTuple):
+    """Atoms that must stay (``hard``) or that cannot go by themselves, only with their row (a pin)."""
+
+    ids: Ids
+    reason: str
+    step: int
+    hard: bool
+
+
+class Rows(NamedTuple):
+    """``coarse[r]`` takes all of ``fine[r]`` with it; ``split``: it is nothing but that row."""
+
+    coarse: Ids
+    fine: Ids
+    split: bool = True
+
+
+class Balance(NamedTuple):
+    """The rows of ``ids`` (shape ``(rows, length)``) must keep equally many atoms."""
+
+    ids: Ids
+    reason: str
+    step: int
+
+
+class Imply(NamedTuple):
+    """If ``cause[i]`` goes, ``effect[i]`` goes."""
+
+    cause: Ids
+    effect: Ids
+
+
+class Guard(NamedTuple):
+    """``effect`` numbers a dim in an order that depends on how ``cause`` is numbered.
+
+    Nothing of ``effect`` ever goes. Where it meets something that stays or that the model keeps, ``cause`` must stay.
+    """
+
+    cause: Ids
+    effect: Ids
+    freeze: Freeze
+
+
+class Limit(NamedTuple):
+    """Each row of ``ids`` must keep at least ``least`` positions, and a multiple of ``multiple``."""
+
+    ids: Ids
+    least: int
+    multiple: int
+    reason: str
+
+
+class Requirement(NamedTuple):
+    """The code asks for ``asked`` positions (an int, possibly one that knows its source) in each row of ``ids``."""
+
+    asked: Any
+    ids: Ids
+    step: int
+    place: str
+
+
+class MacTerm(NamedTuple):
+    """``factor`` times the product of the surviving lengths of ``rows``: multiply-adds of one step."""
+
+    factor: int
+    rows: tuple[Ids, ...]
+    step: int
+
+
+class Number(NamedTuple):
+    """Before ``step``, a size (``expression``, then ``size``) was turned into a number that is computed with."""
+
+    step: int
+    expression: Any
+    size: int
+
+
+class Scale(NamedTuple):
+    """Step ``step`` multiplies ``operand`` by ``size ** power``.
+
+    The size is the length of the rows ``of``, or of a dim that the code sizes by the expression ``of``.
+    """
+
+    step: int
+    operand: Labelled
+    of: Any
+    power: float
+
+
+@dataclass(frozen=True)
+class TieTable:
+    """All ties as intervals: position ``k < length`` of ``left + k`` is tied to ``right + k``."""
+
+    left: Ids
+    right: Ids
+    length: Ids
+    step: Ids
+    kind: Ids
+
+
+class Ledger:
+    """Everything that rules record while a model is traced."""
+
+    def __init__(self) -> None:
+        self.size = 1  # atom 0 is never handed out: it stands for "frozen"
+        self.step = -1
+        self.freezes: list[Freeze] = []
+        self.rows_of: list[Rows] = []
+        self.balances: list[Balance] = []
+        self.aligned: list[Balance] = []
+        self.implications: list[Imply] = []
+        self.requirements: list[Requirement] = []
+        self.whole_rows: list[Ids] = []  # rows tied to one thing: of each goes the same as of the others, or all
+        self.parts: list[Ids] = []  # stretches that the code cuts out, which may not become empty
+        self.macs: list[MacTerm] = []
+        self.contracted: list[Ids] = []  # dims summed over by a contraction
+        self.paired: list[Ids] = []  # dims summed over where neither factor is a tensor that the model keeps
+        self.passed: list[Ids] = []  # dims of operands that a contraction or look-up hands on
+        self.batched: list[Ids] = []  # dims over which a contraction is batched: heads, experts
+        self.averaged: list[Ids] = []  # dims over which a norm, mean or attention scale averages
+        self.numbers: list[Number] = []  # sizes that entered a computed number, such as an attention scale
+        self.scales: list[Scale] = []  # products with a power of a size
+        self.evaluated = 0  # how many steps the run in eval mode had (one in training mode may follow)
+        self.matched: set[int] = set()  # those of `numbers` that are known to have entered a scale, and nothing else
+        self.uniform: set[int] = set()  # ids (by object) of dims along which all values are equal
+        self._line: Ids = np.arange(1 << 14)  # runs are cut from it; kept by the runs when it is outgrown
+        self.kept: list[tuple[int, int]] = []  # first atom and number of those on tensors that the model keeps
+        self.guards: list[Guard] = []
+        self.limits: list[Limit] = []
+        self.meaning: dict[int, tuple[str, Ids, Ids]] = {}  # ids (by object) -> see mean()
+        self._ties: list[tuple[int, int, int, int, int]] = []
+        self._seen: set[tuple[int, int, int, int]] = set()
+        self._spans: dict[int, tuple[Ids, int]] = {}
+        self.starts: list[int] = [0]  # first atom of every run handed out
+        self._coarse: dict[tuple[tuple[int, ...], bytes], Ids] = {}
+
+    def fresh(self, count: int) -> Ids:
+        """New consecutive atoms."""
+        if self.size + count > len(self._line):
+            self._line = np.arange(2 * (self.size + count))
+        ids: Ids = self._line[self.size : self.size + count]
+        self._spans[id(ids)] = (ids, self.size)
+        self.starts.append(self.size)
+        self.size += count
+        return ids
+
+    def tie(self, left: Ids, right: Ids) -> None:
+        """Positions that live or die together; ``left`` and ``right`` have one shape."""
+        if left is right or left.size == 0:
+            return
+        a, b = self._spans.get(id(left)), self._spans.get(id(right))
+        if a is not None and b is not None:
+            self._add(a[1], b[1], left.size, ONE_TO_ONE)
+            return
+        kinds = _kinds(left, right)
+        for kind, many in ((LEFT_IS_ONE, right), (RIGHT_IS_ONE, left)):
+            if (kinds == kind).any():
+                self.whole_rows.append(many.reshape(-1, many.shape[-1]))
+        for start, other, length, kind in _runs(left.reshape(-1), right.reshape(-1), kinds).tolist():
+            self._add(start, other, length, kind)
+
+    def unite(self, ids: Ids, axis: int, fixed: bool) -> Ids:
+        """Rows along ``axis`` live together, position by position; gives what stands for all of them.
+
+        Where the number of rows is ``fixed`` no row can go without the others; where it is not (heads), the position
+        that stands for all stays when one row goes.
+        """
+        rows = np.moveaxis(ids, axis, 0)
+        if fixed:
+            self.tie(rows[:-1], rows[1:])
+            return rows[0]
+        one = self.fresh(rows[0].size).reshape(rows[0].shape)
+        self.tie(np.broadcast_to(one, rows.shape), rows)
+        return one
+
+    def _add(self, left: int, right: int, length: int, kind: int) -> None:
+        key = (left, right, length, kind)
+        if left != right and key not in self._seen:
+            self._seen.add(key)
+            self._ties.append((left, right, length, self.step, kind))
+
+    def couple(self, a: Label, b: Label) -> None:
+        """Tie two labels of one dim, position by position, over the union of their contexts."""
+        if a.context == b.context:
+            self.tie(a.ids, b.ids)
+            return
+        context = a.context + tuple(c for c in b.context if c not in a.context)
+        left, right = np.broadcast_arrays(a.over(context), b.over(context))
+        self.tie(left, right)
+
+    def freeze(self, ids: Ids, reason: str) -> None:
+        """These atoms stay, and whoever asks is told why."""
+        self.freezes.append(Freeze(ids, reason, self.step, True))
+
+    def pin(self, ids: Ids, reason: str) -> None:
+        """These atoms cannot be chosen by themselves, but may go with a row that holds them."""
+        self.freezes.append(Freeze(ids, reason, self.step, False))
+
+    def rows(self, fine: Ids) -> Ids:
+        """One coarse atom for each row of ``fine`` (its last axis); the same rows always get the same atoms."""
+        key = (fine.shape, fine.tobytes())
+        coarse = self._coarse.get(key)
+        if coarse is None:
+            rows = fine.reshape(-1, fine.shape[-1])
+            which = np.arange(len(rows))
+            if len(np.unique(rows[:, 0])) < len(rows):
+                rows, which = np.unique(rows, axis=0, return_inverse=True)
+            own = self.fresh(len(rows))
+            self.rows_of.append(Rows(own, rows))
+            coarse = self._coarse[key] = own[which].reshape(fine.shape[:-1])
+        return coarse
+
+    def belong(self, coarse: Ids, fine: Ids) -> None:
+        """``fine[r]`` goes when the existing atom ``coarse[r]`` goes."""
+        self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1), split=False))
+
+    def balance(self, fine: Ids, reason: str) -> None:
+        """The rows of ``fine`` (its last axis) must keep equal counts; a row of one position goes as a whole only."""
+        if fine.size > fine.shape[-1] == 1:
+            self.pin(fine, reason)
+        elif fine.size > fine.shape[-1]:
+            self.balances.append(Balance(fine.reshape(-1, fine.shape[-1]), reason, self.step))
+
+    def align(self, fine: Ids, reason: str) -> None:
+        """The rows of ``fine`` share one numbering: part of a row goes only with the same part of every row."""
+        if fine.size > fine.shape[-1] > 1:
+            self.aligned.append(Balance(fine.reshape(-1, fine.shape[-1]), reason, self.step))
+
+    def imply(self, cause: Ids, effect: Ids) -> None:
+        """If ``cause[i]`` goes, ``effect[i]`` goes (any shapes that broadcast)."""
+        cause, effect = np.broadcast_arrays(cause, effect)
+        self.implications.append(Imply(cause.reshape(-1), effect.reshape(-1)))
+
+    def arrange(self, cause: Ids, count: int, reason: str) -> Ids:
+        """Atoms for a dim of fixed size whose order depends on the numbering of ``cause``."""
+        effect = self.fresh(count)
+        self.freezes.append(Freeze(effect, reason, self.step, False))
+        self.guards.append(Guard(cause, effect, Freeze(cause, reason, self.step, True)))
+        return effect
+
+    def limit(self, ids: Ids, reason: str, *, least: int = 1, multiple: int = 1) -> None:
+        """Each row of ``ids`` must keep at least so many positions, and a multiple of so many."""
+        self.limits.append(Limit(ids, least, multiple, reason))
+
+    def mean(self, ids: Ids, what: str, of: Ids) -> None:
+        """Note that ``ids`` (as an object) is ``what`` of the positions ``of``: "order", "counts", "ends"."""
+        self.meaning[id(ids)] = (what, of, ids)
+
+    def means(self, ids: Ids, what: str) -> Ids | None:
+        """The positions of which ``ids`` is ``what``."""
+        found = self.meaning.get(id(ids))
+        return found[1] if found is not None and found[0] == what else None
+
+    def require(self, asked: Any, ids: Ids, place: str = "") -> None:
+        """The model's code sizes the dim whose rows are ``ids`` with ``asked``."""
+        self.requirements.append(Requirement(asked, ids, self.step, place))
+
+    def scale(self, operand: Labelled, of: Any, power: float) -> None:
+        """The step multiplies ``operand`` by a power of a size; see :class:`Scale`."""
+        self.scales.append(Scale(self.step, operand, of, power))
+
+    def match(self, value: float, operand: Labelled, sign: float) -> None:
+        """If ``value``, by which the step multiplies, is the root of a size (or its inverse) just computed: a scale."""
+        for k in range(len(self.numbers) - 1, -1, -1):
+            number = self.numbers[k]
+            if self.step - number.step > NEAR:
+                return
+            for power in (0.5, -0.5):
+                if abs(value * float(number.size) ** -power - 1) < SAME:
+                    self.matched.add(k)
+                    self.scale(operand, number.expression, sign * power)
+                    return
+
+    def count_macs(self, factor: int, rows: Iterable[Ids]) -> None:
+        """The step does ``factor * prod(len(row))`` multiply-adds."""
+        self.macs.append(MacTerm(factor, tuple(rows), self.step))
+
+    @property
+    def only_read(self) -> set[int]:
+        """First atoms of the dims that a layer reads (a weight's input columns) and never makes."""
+        return {ids.item(0) for ids in self.contracted} - {ids.item(0) for ids in self.passed}
+
+    @property
+    def ties(self) -> TieTable:
+        """All ties so far."""
+        table = np.array(self._ties, dtype=np.int64).reshape(-1, 5).T
+        return TieTable(*table)
+
+
+def _runs(left: Ids, right: Ids, kinds: Ids) -> Ids:
+    """Rows ``(start, start, length, kind)`` of maximal stretches in which both sides count up by one; none twice."""
+    breaks = np.flatnonzero((left[1:] - left[:-1] != 1) | (right[1:] - right[:-1] != 1)) + 1
+    starts = np.concatenate(([0], breaks))
+    lengths = np.diff(np.concatenate((starts, [left.size])))
+    kind = kinds[starts * kinds.size // left.size] if kinds.size > 1 else np.broadcast_to(kinds, starts.shape)
+    runs = np.stack((left[starts], right[starts], lengths, kind), axis=1)
+    grows = (runs[1:, :2] > runs[:-1, :2]).all(axis=0)
+    return runs if grows.any() else np.unique(runs, axis=0)
+
+
+def _kinds(left: Ids, right: Ids) -> Ids:
+    """The kind of tie of each row: a row that meets several others (a broadcast over heads) is one to many."""
+    if left.ndim == 1 or left.size == left.shape[-1]:
+        return np.array([ONE_TO_ONE])
+    pairs = np.stack((left[..., 0].reshape(-1), right[..., 0].reshape(-1)))
+    distinct = np.unique(pairs, axis=1)
+    if distinct.shape[1] == 1:
+        return np.array([ONE_TO_ONE])
+    kinds = np.zeros(pairs.shape[1], dtype=np.int64)
+    for own, all_own, kind in zip(pairs, distinct, (LEFT_IS_ONE, RIGHT_IS_ONE), strict=True):
+        values, counts = np.unique(all_own, return_counts=True)
+        if len(values) < all_own.size:
+            kinds += kind * (counts[np.searchsorted(values, own)] > 1)
+    return kinds
