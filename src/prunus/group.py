@@ -138,9 +138,9 @@ def find_sides(coupling: Coupling, only: Mapping[int, int] | None = None) -> Sid
         by_id[id(node.module)] = node
         dims.setdefault((id(node.module), reads, -1 if is_layer else dim), []).append((held, dim))
     ordered, by_layer, by_dim = [], {}, {}
+    pairs = {module: _pair(coupling.trace, node) for module, node in by_id.items()}
     for (module, reads, _), found in dims.items():
-        node = by_id[module]
-        pair = _pair(coupling.trace, node)
+        node, pair = by_id[module], pairs[module]
         side = Side(node, pair[1] if reads else pair[0], tuple(found))
         ordered.append(side)
         by_layer[module, reads] = side  # of a bare parameter: the last dim, which is the one that its functions cut

@@ -61,7 +61,7 @@ class _Memory:
         if values:
             tensors = [value for value in held if isinstance(value, Tensor)]
             tensors.extend(module.buffers(recurse=False))
-            self._tensors = [(tensor, tensor.detach().clone()) for tensor in tensors]
+            self._tensors = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
 
     def restore(self) -> None:
         held = vars(self._module)

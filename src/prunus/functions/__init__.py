@@ -135,7 +135,7 @@ def functions_for(module: nn.Module | nn.Parameter) -> tuple[PruningFn, PruningF
         >>> functions_for(nn.ReLU()) is None
         True
     """
-    if isinstance(module, nn.Parameter):  # says yes for subclasses that `__mro__` does not show, too
+    if not isinstance(module, nn.Module):  # parameters, subclasses that `__mro__` does not show included
         return PRUNERS[nn.Parameter]
     if isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels == module.out_channels:
         return _DEPTHWISE

@@ -88,6 +88,8 @@ def expand(op: Op, x: Labelled, size: Sequence[int] | Labelled, *, implicit: boo
     order: list[int | None] = [None] * offset + list(range(x.ndim))
     dims = list(move(x, order))
     grown = [k for k in range(len(shape)) if shape[k] > 1 and (k < offset or x.shape[k - offset] == 1)]
+    for k in grown:
+        dims[k] = None  # a single position, repeated
     if isinstance(size, Labelled):
         for k in grown:
             model = size.dims[k]
