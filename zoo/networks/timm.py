@@ -150,7 +150,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "qwen3_vit_88m": {"img_size": 64, **NARROW},
     "gemma4_vit_167m": {"img_size": 64, **NARROW},
     "deepseek_vit_412m": {"img_size": 224, **NARROW},
-    "vgg11_bn": {"num_features": 64},
+    "vgg11_bn": {},
     "nasnetalarge": {"num_features": 1152, "stem_size": 24},
     "mobilenetv5_300m": {"channel_multiplier": 0.25},
 }
