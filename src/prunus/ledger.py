@@ -17,6 +17,7 @@ from prunus.labels import Ids, Label, Labelled
 
 NEAR = 32  # steps between the computing of a number from a size and its use
 SAME = 1e-12
+MANY = 256  # runs of a tie that are worth sorting, to drop those that repeat
 
 ONE_TO_ONE, LEFT_IS_ONE, RIGHT_IS_ONE, MANY_TO_MANY = 0, 1, 2, 3
 
@@ -179,7 +180,7 @@ class Ledger:
         for kind, many in ((LEFT_IS_ONE, right), (RIGHT_IS_ONE, left)):
             if (kinds == kind).any():
                 self.whole_rows.append(many.reshape(-1, many.shape[-1]))
-        for start, other, length, kind in _runs(left.reshape(-1), right.reshape(-1), kinds).tolist():
+        for start, other, length, kind in _runs(left.reshape(-1), right.reshape(-1), kinds):
             self._add(start, other, length, kind)
 
     def unite(self, ids: Ids, axis: int, fixed: bool) -> Ids:
@@ -310,22 +311,32 @@ class Ledger:
         return TieTable(*table)
 
 
-def _runs(left: Ids, right: Ids, kinds: Ids) -> Ids:
-    """Rows ``(start, start, length, kind)`` of maximal stretches in which both sides count up by one; none twice."""
+def _runs(left: Ids, right: Ids, kinds: Ids) -> list[Any]:
+    """Rows ``(start, start, length, kind)`` of maximal stretches in which both sides count up by one."""
     breaks = np.flatnonzero((left[1:] - left[:-1] != 1) | (right[1:] - right[:-1] != 1)) + 1
     starts = np.concatenate(([0], breaks))
     lengths = np.diff(np.concatenate((starts, [left.size])))
     kind = kinds[starts * kinds.size // left.size] if kinds.size > 1 else np.broadcast_to(kinds, starts.shape)
-    runs = np.stack((left[starts], right[starts], lengths, kind), axis=1)
-    grows = (runs[1:, :2] > runs[:-1, :2]).all(axis=0)
-    return runs if grows.any() else np.unique(runs, axis=0)
+    if starts.size < MANY:
+        columns = (left[starts], right[starts], lengths, kind)
+        return list(zip(*(column.tolist() for column in columns), strict=True))
+    rows: list[Any] = np.unique(np.stack((left[starts], right[starts], lengths, kind), axis=1), axis=0).tolist()
+    return rows
 
 
 def _kinds(left: Ids, right: Ids) -> Ids:
     """The kind of tie of each row: a row that meets several others (a broadcast over heads) is one to many."""
     if left.ndim == 1 or left.size == left.shape[-1]:
         return np.array([ONE_TO_ONE])
-    pairs = np.stack((left[..., 0].reshape(-1), right[..., 0].reshape(-1)))
+    a, b = left[..., 0].reshape(-1), right[..., 0].reshape(-1)
+    a_grows, b_grows = bool((a[1:] > a[:-1]).all()), bool((b[1:] > b[:-1]).all())
+    if a_grows and b_grows:
+        return np.array([ONE_TO_ONE])
+    if b_grows and (a == a[0]).all():
+        return np.array([LEFT_IS_ONE])
+    if a_grows and (b == b[0]).all():
+        return np.array([RIGHT_IS_ONE])
+    pairs = np.stack((a, b))
     distinct = np.unique(pairs, axis=1)
     if distinct.shape[1] == 1:
         return np.array([ONE_TO_ONE])
