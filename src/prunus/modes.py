@@ -151,20 +151,15 @@ class Tracer(TorchDispatchMode):
         return found
 
     def _held_labels(self, index: int) -> Labelled:
-        """Fresh atoms for the dims of a tensor that the model keeps, at its first use."""
+        """Fresh atoms for the dims of a tensor that the model keeps, at its first use; integers get none, they stay."""
         held = self.held[index]
         dims: list[Label | None] = [None] * len(held.shape)
-        for d, size in enumerate(held.shape):
-            if size > 1:
-                held.starts[d] = self.ledger.size
-                self.ledger.kept.append((self.ledger.size, size))
-                dims[d] = Label(self.ledger.fresh(size))
-        reason = _untouchable(held)
-        if reason is not None:
-            self.ledger.step = len(self.events)
-            for label in dims:
-                if label is not None:
-                    self.ledger.freeze(label.ids, reason)
+        if held.tensor.is_floating_point() or held.tensor.is_complex():
+            for d, size in enumerate(held.shape):
+                if size > 1:
+                    held.starts[d] = self.ledger.size
+                    self.ledger.kept.append((self.ledger.size, size))
+                    dims[d] = Label(self.ledger.fresh(size))
         return Labelled(held.shape, tuple(dims), -2 - index)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -290,13 +285,6 @@ def _numbers(op: Op, found: Any) -> Any:
     if type(found) is Numbered and op.name not in READS_NUMBERS and first is not None:
         return tuple(found)
     return found
-
-
-def _untouchable(held: Held) -> str | None:
-    """Why a tensor may not be cut at all, if so."""
-    if not held.tensor.is_floating_point() and not held.tensor.is_complex():
-        return f"{held.name} holds integers, which are read by position"
-    return None
 
 
 class FunctionMode(TorchFunctionMode):
