@@ -5,7 +5,9 @@ A thin face over the engine: the graph holds what tracing and coupling found and
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -53,6 +55,18 @@ def _lacking(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_
     return found
 
 
+@contextmanager
+def _collecting_seldom() -> Iterator[None]:
+    """What is recorded is many small tuples that stay: Python's collector would look at them again and again."""
+    before = gc.get_threshold()
+    gc.set_threshold(max(SELDOM, before[0]) if before[0] else 0, *before[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*before)
+
+
+SELDOM = 50_000  # new objects between two looks of Python's collector while a model is traced
 ROOT_TYPES: tuple[type, ...] = (_ConvNd, nn.Linear)
 
 
@@ -116,9 +130,13 @@ class DependencyGraph:
             InputError: the model cannot run on the inputs, or an ignored layer is not part of it.
         """
         pruners = {**self._pruners, **(customized_pruners or {})}
-        found = trace(getattr(model, "_orig_mod", model), example_inputs, forward_fn, output_transform, device, pruners)
-        self._only = apply_hints(found, tuple(ignored_layers or ()), tuple(ignored_params or ()), unwrapped_parameters)
-        self._coupling, self._sides = couple(found), None
+        whole = getattr(model, "_orig_mod", model)
+        with _collecting_seldom():
+            found = trace(whole, example_inputs, forward_fn, output_transform, device, pruners)
+            self._only = apply_hints(
+                found, tuple(ignored_layers or ()), tuple(ignored_params or ()), unwrapped_parameters
+            )
+            self._coupling, self._sides = couple(found), None
         self._alive = everything_alive(self._coupling)
         self._history = []
         return self

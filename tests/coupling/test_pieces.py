@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 from prunus.coupling.pieces import components, cut_into_pieces
 from prunus.ledger import Ledger
@@ -109,6 +112,16 @@ def test_of() -> None:
     pieces = cut_into_pieces(ledger)
     assert pieces.of(a).tolist() == [1] * 5
     assert pieces.length.tolist() == [1, 5, 2]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_components_are_those_of_scipy(seed: int) -> None:
+    """On random graphs of every density, numbered alike."""
+    random = np.random.default_rng(seed)
+    count = int(random.integers(1, 400))
+    edges = random.integers(0, count, size=(2, int(random.integers(0, 2 * count))))
+    graph = coo_matrix((np.ones(edges.shape[1]), tuple(edges)), shape=(count, count))
+    assert components(count, *edges).tolist() == connected_components(graph, directed=False)[1].tolist()
 
 
 def test_components_without_edges() -> None:

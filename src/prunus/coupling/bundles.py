@@ -117,6 +117,8 @@ def _sized_parts(ledger: Ledger) -> list[Ids]:
 
 def _partial_takers(units: Units, ids: Ids) -> _Partial:
     """Rows of which coarse units take a part (not all), each with the units that do and how much each takes."""
+    if units.taker.size == 0:
+        return []
     pieces = units.pieces.of(ids)
     mark = units.taker_mark[pieces]
     rows = np.flatnonzero((mark != mark[:, :1]).any(axis=1))

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 from scipy.sparse import coo_matrix, csr_matrix
-from scipy.sparse.csgraph import connected_components
 
 from prunus.labels import Ids
 from prunus.ledger import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
@@ -69,11 +68,20 @@ def cut_into_pieces(ledger: Ledger) -> Pieces:
 
 
 def components(count: int, left: Ids, right: Ids) -> Ids:
-    """The component of each of ``count`` nodes."""
-    if left.size == 0:
-        return np.arange(count)
-    graph = coo_matrix((np.ones(left.size), (left, right)), shape=(count, count))  # float64 is what it works with
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    """The component of each of ``count`` nodes, numbered by their first nodes.
+
+    Roots are hooked to smaller roots until none is left to hook; the graphs are small and many, and the conversions of
+    a general library would take most of the time.
+    """
+    root = np.arange(count)
+    while True:
+        a, b = root[left], root[right]
+        apart = a != b
+        if not apart.any():
+            return np.unique(root, return_inverse=True)[1]
+        np.minimum.at(root, np.maximum(a, b)[apart], np.minimum(a, b)[apart])
+        while not np.array_equal(above := root[root], root):
+            root = above
 
 
 def stretches(start: Ids, length: Ids) -> Ids:
