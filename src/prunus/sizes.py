@@ -196,6 +196,8 @@ class Size(int):
     def _with(self, operator: str, other: Any, value: Any, swapped: bool = False) -> Any:
         if type(value) is not int or not isinstance(other, int) or isinstance(other, bool):
             return value
+        if operator == "*" and type(other) is int and other == 1:
+            return self
         mine, theirs = self.expression, other.expression if isinstance(other, Size) else int(other)
         pair = (theirs, mine) if swapped else (mine, theirs)
         return Size(value, Binary(operator, *pair), self.ledger)
@@ -258,11 +260,12 @@ class Size(int):
         return same
 
     def _follow(self, other: Any) -> None:
-        """An attribute and the size of a tensor were compared and are equal: the attribute follows the tensor."""
+        """What an attribute says and the size of a tensor were compared and are equal: they follow each other."""
         if isinstance(other, Size) and int.__eq__(self, other):
-            for attribute, extent in ((self, other), (other, self)):
-                if isinstance(attribute.expression, Attribute) and isinstance(extent.expression, Extent):
-                    self.ledger.require(attribute, extent.expression.ids)
+            for told, extent in ((self, other), (other, self)):
+                known = [*leaves(told.expression)]
+                if known and all(isinstance(k, Attribute) for k in known) and isinstance(extent.expression, Extent):
+                    self.ledger.require(told, extent.expression.ids)
 
     def __lt__(self, other: int) -> bool:
         self._follow(other)
