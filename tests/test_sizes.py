@@ -353,3 +353,49 @@ def test_no_size_object_is_left_on_the_model() -> None:
     assert prunus.verify(model, X).ok
     found = [*model.c, model.config.h, *(v for m in model.modules() for v in vars(m).values() if isinstance(v, int))]
     assert not any(isinstance(v, Size) for v in found)
+
+
+class Checked(nn.Module):
+    """Checks the length of a vector that lives with its channels against a number computed from an attribute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dim, self.a, self.scale, self.b = 16, nn.Linear(6, 8), nn.Parameter(torch.ones(8)), nn.Linear(8, 3)
+
+    def forward(self, x):
+        if self.scale.numel() != self.dim // 2:
+            raise RuntimeError("the scale is not half as wide as dim")
+        return self.b(self.a(x) * self.scale)
+
+
+def test_a_computed_number_that_is_compared_with_a_size_follows_it(oracle) -> None:
+    """``self.scale.numel() != self.dim // 2`` keeps being false: the attribute is set."""
+    model = Checked()
+    oracle(model, torch.randn(2, 6))
+    prunus.prune(model, torch.randn(2, 6), prunus.Target(ratio=0.5))
+    assert (model.dim, model.scale.shape) == (8, (4,))
+
+
+class Ratio(nn.Module):
+    """Values are ``ratio`` times as wide as keys, in every head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.key, self.ratio = 2, 4, 2
+        self.q, self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 16)
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, x):
+        b, t, _ = x.shape
+        q, k = (p(x).view(b, t, self.heads, self.key).transpose(1, 2) for p in (self.q, self.k))
+        v = self.v(x).view(b, t, self.heads, self.ratio * self.key).transpose(1, 2)
+        y = (q @ k.transpose(2, 3)).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(b, t, self.heads * self.ratio * self.key))
+
+
+def test_a_ratio_of_widths_stays_a_whole_number(oracle) -> None:
+    """Two factors of one width do not change at once, so that neither ends between two whole numbers."""
+    model = Ratio()
+    oracle(model, torch.randn(2, 5, 6))
+    prunus.prune(model, torch.randn(2, 5, 6), prunus.Target(ratio=0.5))
+    assert model.heads * model.ratio * model.key == model.v.weight.shape[0] < 16
