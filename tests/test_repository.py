@@ -24,7 +24,7 @@ LONGER_FOR_A_REASON: dict[str, str] = {}
 LEVELS = [
     {"errors", "labels", "ledger", "_version"},
     {"rules"},
-    {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "tracing", "hints"},
+    {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"},
     {"coupling"},
     {"plan"},
     {"surgery", "handlers", "cost", "importance", "functions"},

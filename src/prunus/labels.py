@@ -86,11 +86,15 @@ def settle(label: Label) -> Label:
 
 
 class Labelled:
-    """What a rule sees of a tensor: its shape, the labels of its dims, and the step that made it."""
+    """What a rule sees of a tensor: its shape, the labels of its dims, and the step that made it.
 
-    __slots__ = ("dims", "labelled", "numbers", "shape", "source")
+    ``hollow``: its values were not computed.
+    """
 
-    def __init__(self, shape: tuple[int, ...], dims: Dims, source: int = -1) -> None:
+    __slots__ = ("dims", "hollow", "labelled", "numbers", "shape", "source")
+
+    def __init__(self, shape: tuple[int, ...], dims: Dims, source: int = -1, hollow: bool = False) -> None:
+        self.hollow = hollow
         self.shape = shape
         self.dims = dims
         self.source = source

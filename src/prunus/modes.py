@@ -23,11 +23,13 @@ from prunus.rules import Op, lookup
 from prunus.rules.table import MOVES, NEEDS_DTYPES, READS_NUMBERS, Rule
 from prunus.siblings import Siblings
 from prunus.sizes import Size, shape_of
+from prunus.standins import HollowValueError, Standin, decides, deciding, standin_for
 
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})
 _PLAIN = frozenset({int, float, bool, type(None), str})
+_NUMBERS = frozenset({int, float, bool})  # a list of an op that begins with one holds no tensors
 _MAKES = frozenset(
     [
         *("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"),
@@ -65,13 +67,20 @@ class _Entry(NamedTuple):
     mutable: bool
     makes: bool
     dtypes: bool
+    standin: Standin | None
+    decides: bool
 
 
 class Tracer(TorchDispatchMode):
-    """Applies the rule of every op that runs."""
+    """Applies the rule of every op that runs; with ``hollow``, costly kernels give zeros instead (see standins.py)."""
 
-    def __init__(self, ledger: Ledger, held: Sequence[Held], index: dict[int, int], modules: Modules) -> None:
+    def __init__(
+        self, ledger: Ledger, held: Sequence[Held], index: dict[int, int], modules: Modules, *, hollow: bool = False
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._allows_hollow = hollow
+        self._any_hollow = False
+        self._leaked = False  # whether hollow values were written into a tensor that had real ones
         self.ledger = ledger
         self.held = held
         self.events: list[Event] = []
@@ -172,9 +181,21 @@ class Tracer(TorchDispatchMode):
                 return result
         if entry.mutable and args:
             self._keep(args[0])
-        result = func(*args, **kwargs)
-        self._record(entry, func, args, kwargs, result)
+        if self._any_hollow and entry.decides:
+            self._refuse_to_look(func, args, kwargs)
+        result = entry.standin(*args, **kwargs) if self._allows_hollow and entry.standin is not None else None
+        made_up = result is not None
+        if not made_up:
+            result = func(*args, **kwargs)
+        self._record(entry, func, args, kwargs, result, made_up)
         return result
+
+    def _refuse_to_look(self, func: Any, args: Any, kwargs: Any) -> None:
+        """End the run if more than the values of the op's result depends on values that were not computed."""
+        seen = deciding(func, args)
+        named = kwargs.values() if seen is args else ()
+        if any(self._leaked or self.labels_of(tensor).hollow for tensor in _flat((*seen, *named))):
+            raise HollowValueError(func.name())
 
     def _classify(self, func: Any) -> _Entry:
         rule = lookup(func)
@@ -184,21 +205,32 @@ class Tracer(TorchDispatchMode):
         spelled = func.overloadpacket.__name__
         name = spelled.rstrip("_") or spelled
         always = name in _MAKES or getattr(rule, "__module__", "") in _COUNTED
-        entry = _Entry(name, rule, composite, func._schema.is_mutable, always, name in NEEDS_DTYPES)
+        entry = _Entry(
+            name,
+            rule,
+            composite,
+            func._schema.is_mutable,
+            always,
+            name in NEEDS_DTYPES,
+            standin_for(func),
+            decides(func),
+        )
         self._entries[id(func)] = entry
         return entry
 
-    def _record(self, entry: _Entry, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _record(self, entry: _Entry, func: Any, args: Any, kwargs: Any, result: Any, made_up: bool = False) -> None:
         inputs: list[Labelled] = []
         lowered = [a if type(a) in _PLAIN else self._lower(a, inputs) for a in args]
         named = {k: self._lower(v, inputs) for k, v in kwargs.items()} if kwargs else {}
-        if not entry.makes and not any(i.labelled for i in inputs):
-            if entry.name in _SIZED:
-                for size in self.call.named():
-                    Op(entry.name, self.ledger, inputs, [], self.call).require_same(size)
-            return
         several = result if isinstance(result, (tuple, list)) else (result,)
         outputs = [r for r in several if isinstance(r, torch.Tensor)]
+        hollow = made_up or (self._any_hollow and any(i.hollow for i in inputs))
+        if hollow:
+            self._any_hollow = True
+            self._leaked = self._leaked or (entry.mutable and not inputs[0].hollow)
+        if not entry.makes and not any(i.labelled for i in inputs):
+            self._pass_over(entry, inputs, outputs if hollow else [])
+            return
         self.ledger.step = len(self.events)
         op = Op(entry.name, self.ledger, inputs, [tuple(r.shape) for r in outputs], self.call)
         if entry.dtypes:
@@ -207,20 +239,44 @@ class Tracer(TorchDispatchMode):
         if self._numbered:
             found = _numbers(op, found)
         labels = found if isinstance(found, list) else [found]
-        results: list[Labelled] = []
-        for tensor, shape, dims in zip(outputs, op.shapes, labels, strict=False):
-            if dims is not None and id(tensor) not in self._index:  # some ops return a held tensor itself
-                labelled = Labelled(shape, dims, len(self.events))
-                self._numbered = self._numbered or labelled.numbers is not None
-                if entry.mutable and MARK not in tensor.__dict__:
-                    self._lasting[id(tensor)] = (tensor, labelled)
-                else:
-                    setattr(tensor, MARK, labelled)
-                results.append(labelled)
+        results = self._hang(entry, outputs, labels, hollow)
         if self.ledger.numbers:
             self._match_number(entry.name, inputs)
         sources = tuple([i.source for i in inputs if i.source != -1])
-        self.events.append(Event(entry.name, self._stack[-1], sources, tuple(labels), tuple(inputs), tuple(results)))
+        self.events.append(Event(entry.name, self._stack[-1], sources, tuple(labels), tuple(inputs), results))
+
+    def _pass_over(self, entry: _Entry, inputs: list[Labelled], hollow: Sequence[torch.Tensor]) -> None:
+        """Nothing that the op reads is labelled: the sizes that the code gives it stay."""
+        if entry.name in _SIZED:
+            for size in self.call.named():
+                Op(entry.name, self.ledger, inputs, [], self.call).require_same(size)
+        for tensor in hollow:
+            self._mark(tensor, Labelled(tuple(tensor.shape), (None,) * tensor.dim(), hollow=True), entry)
+
+    def _hang(
+        self, entry: _Entry, outputs: Sequence[torch.Tensor], labels: Sequence[Dims | None], hollow: bool
+    ) -> tuple[Labelled, ...]:
+        """Hang what the rule found on the results; gives that of the results of which something is known."""
+        results: list[Labelled] = []
+        for tensor, dims in zip(outputs, labels, strict=False):
+            if id(tensor) in self._index:  # some ops return a held tensor itself
+                continue
+            shape = tuple(tensor.shape)
+            if dims is not None:
+                labelled = Labelled(shape, dims, len(self.events), hollow)
+                self._numbered = self._numbered or labelled.numbers is not None
+                self._mark(tensor, labelled, entry)
+                results.append(labelled)
+            elif hollow:
+                self._mark(tensor, Labelled(shape, (None,) * len(shape), hollow=True), entry)
+        return tuple(results)
+
+    def _mark(self, tensor: torch.Tensor, labelled: Labelled, entry: _Entry) -> None:
+        """Remember what is known of a result."""
+        if entry.mutable and MARK not in tensor.__dict__:
+            self._lasting[id(tensor)] = (tensor, labelled)
+        else:
+            setattr(tensor, MARK, labelled)
 
     def _match_number(self, name: str, inputs: list[Labelled]) -> None:
         """The op multiplies (or divides) by a number that was computed from a size just before."""
@@ -245,6 +301,8 @@ class Tracer(TorchDispatchMode):
     def read(self, tensor: torch.Tensor, how: str) -> None:
         """Python reads all values of a tensor, which no op shows."""
         known = self.labels_of(tensor)
+        if known.hollow or self._leaked:
+            raise HollowValueError(how)
         for label in (*known.dims, known.numbers):
             if label is not None:
                 self.ledger.freeze(label.ids, f"{how} hands its values to Python")
@@ -254,7 +312,7 @@ class Tracer(TorchDispatchMode):
             labelled = self.labels_of(value)
             inputs.append(labelled)
             return labelled
-        if isinstance(value, (list, tuple)) and value and any(isinstance(v, (torch.Tensor, type(None))) for v in value):
+        if isinstance(value, (list, tuple)) and value and type(value[0]) not in _NUMBERS:
             return [self._lower(v, inputs) for v in value]
         return value
 

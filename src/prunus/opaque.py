@@ -217,9 +217,9 @@ class OpaqueTracer(Tracer):
         """What is known of a tensor: nothing, inside a customised layer."""
         return unlabelled(tensor.shape) if self._inside else super().labels_of(tensor)
 
-    def _record(self, entry: Any, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+    def _record(self, entry: Any, func: Any, args: Any, kwargs: Any, result: Any, made_up: bool = False) -> None:
         if not self._inside:
-            super()._record(entry, func, args, kwargs, result)
+            super()._record(entry, func, args, kwargs, result, made_up)
         elif entry.rule is not None:  # only what it multiplies is counted
             inputs: list[Labelled] = []
             scratch = Ledger()

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
@@ -23,6 +23,7 @@ from prunus.meta import MetaFunctionMode, MetaMode, OverwrittenError, no_values,
 from prunus.modes import Event, FunctionMode, Tracer
 from prunus.opaque import Customized, OpaqueTracer, find_customized, stand_in
 from prunus.sizes import mark_attributes
+from prunus.standins import HollowValueError
 from prunus.untouched import untouched
 
 
@@ -80,18 +81,21 @@ def trace(
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
     layers = find_customized(model, pruners) if pruners else ()
     empty = runs_without_data(model, device)
-    ways: list[_Way] = [
-        (torch.inference_mode, _modes),
-        (torch.no_grad, _modes),
-    ]  # some models differentiate as they run
+    ways = [_Way(torch.inference_mode, _modes), _Way(torch.no_grad, _modes)]  # some models differentiate as they run
     if empty:
-        ways = [(torch.inference_mode, _modes_without_data), (torch.inference_mode, _strictly_without_data)]
-        ways.append((torch.no_grad, _modes_without_data))
+        ways = [_Way(torch.inference_mode, _modes_without_data), _Way(torch.inference_mode, _strictly_without_data)]
+        ways.append(_Way(torch.no_grad, _modes_without_data))
+    elif not layers:  # nothing is known of what happens inside customised layers
+        ways.insert(0, _Way(torch.inference_mode, _modes, hollow=True))
     failure: Exception | None = None
-    for guard, modes in ways:
+    for way in ways:
         try:
-            return _trace(model, example_inputs, forward_fn, output_transform, guard, modes, layers)
+            return _trace(model, example_inputs, forward_fn, output_transform, way, layers)
+        except HollowValueError:
+            continue
         except PrunusError:
+            if way.hollow:
+                continue
             raise
         except Exception as error:
             failure = error if failure is None or not empty or isinstance(failure, OverwrittenError) else failure
@@ -104,7 +108,14 @@ def trace(
 
 
 _Modes: TypeAlias = "Callable[[Tracer], Sequence[AbstractContextManager[Any]]]"
-_Way: TypeAlias = "tuple[Callable[[], AbstractContextManager[Any]], _Modes]"
+
+
+class _Way(NamedTuple):
+    """A way to run a model: how gradients are kept out, the modes that watch, and whether costly kernels run."""
+
+    guard: Callable[[], AbstractContextManager[Any]]
+    modes: _Modes
+    hollow: bool = False
 
 
 def _modes(tracer: Tracer) -> Sequence[AbstractContextManager[Any]]:
@@ -124,8 +135,7 @@ def _trace(
     example_inputs: Inputs,
     forward_fn: ForwardFn | None,
     output_transform: Callable[[Any], Any] | None,
-    guard: Callable[[], AbstractContextManager[Any]],
-    modes: _Modes,
+    way: _Way,
     layers: Sequence[Customized],
 ) -> Trace:
     """One recorded run, without gradients."""
@@ -134,14 +144,18 @@ def _trace(
     held, index = held_tensors(modules)
     once: Modules = [(path, m) for m, path in {m: path for path, m in reversed(modules)}.items()]
     own = stand_in(layers, held, index) if layers else None
-    tracer = Tracer(ledger, held, index, once) if own is None else OpaqueTracer(ledger, held, index, once, own)
+    tracer = (
+        Tracer(ledger, held, index, once, hollow=way.hollow)
+        if own is None
+        else OpaqueTracer(ledger, held, index, once, own)
+    )
     visible = once if own is None else own.visible(once)
 
     @contextmanager
     def recording() -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(_marked(visible, ledger))
-            for context in (guard(), _without_mha_fastpath(), tracer.following_modules(), *modes(tracer)):
+            for context in (way.guard(), _without_mha_fastpath(), tracer.following_modules(), *way.modes(tracer)):
                 stack.enter_context(context)
             yield
 
