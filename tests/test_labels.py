@@ -178,16 +178,6 @@ def test_balance_needs_two_rows() -> None:
     assert ledger.balances[0].ids.tolist() == [[1, 2, 3], [4, 5, 6]]
 
 
-def test_imply_broadcasts() -> None:
-    """A row index implies every position of the row."""
-    ledger = Ledger()
-    rows, grid = ledger.fresh(2), ledger.fresh(6).reshape(2, 3)
-    ledger.imply(rows[:, None], grid)
-    found = ledger.implications[0]
-    pairs = list(zip(found.cause.tolist(), found.effect.tolist(), strict=True))
-    assert pairs == [(1, 3), (1, 4), (1, 5), (2, 6), (2, 7), (2, 8)]
-
-
 def test_freeze_is_hard_and_pin_is_not() -> None:
     """A pinned atom may go with its row, a frozen one may not; both keep reason and step."""
     ledger = Ledger()

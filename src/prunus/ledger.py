@@ -47,13 +47,6 @@ class Balance(NamedTuple):
     step: int
 
 
-class Imply(NamedTuple):
-    """If ``cause[i]`` goes, ``effect[i]`` goes."""
-
-    cause: Ids
-    effect: Ids
-
-
 class Guard(NamedTuple):
     """``effect`` numbers a dim in an order that depends on how ``cause`` is numbered.
 
@@ -132,7 +125,6 @@ class Ledger:
         self.rows_of: list[Rows] = []
         self.balances: list[Balance] = []
         self.aligned: list[Balance] = []
-        self.implications: list[Imply] = []
         self.requirements: list[Requirement] = []
         self.whole_rows: list[Ids] = []  # rows tied to one thing: of each goes the same as of the others, or all
         self.parts: list[Ids] = []  # stretches that the code cuts out, which may not become empty
@@ -249,11 +241,6 @@ class Ledger:
         """The rows of ``fine`` share one numbering: part of a row goes only with the same part of every row."""
         if fine.size > fine.shape[-1] > 1:
             self.aligned.append(Balance(fine.reshape(-1, fine.shape[-1]), reason, self.step))
-
-    def imply(self, cause: Ids, effect: Ids) -> None:
-        """If ``cause[i]`` goes, ``effect[i]`` goes (any shapes that broadcast)."""
-        cause, effect = np.broadcast_arrays(cause, effect)
-        self.implications.append(Imply(cause.reshape(-1), effect.reshape(-1)))
 
     def arrange(self, cause: Ids, count: int, reason: str) -> Ids:
         """Atoms for a dim of fixed size whose order depends on the numbering of ``cause``."""

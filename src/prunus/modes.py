@@ -20,7 +20,7 @@ from prunus.held import Held, Modules
 from prunus.labels import Dims, Label, Labelled, Numbered, unlabelled
 from prunus.ledger import Ledger
 from prunus.rules import Op, lookup
-from prunus.rules.table import MOVES, NEEDS_DTYPES, READS_NUMBERS, Rule
+from prunus.rules.table import MAKES, MOVES, MULTIPLIES, NEEDS_DTYPES, READS_NUMBERS, SIZED, Rule
 from prunus.siblings import Siblings
 from prunus.sizes import Size, shape_of
 from prunus.standins import HollowValueError, Standin, decides, deciding, standin_for
@@ -30,21 +30,9 @@ _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 _COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})
 _PLAIN = frozenset({int, float, bool, type(None), str})
 _NUMBERS = frozenset({int, float, bool})  # a list of an op that begins with one holds no tensors
-_MAKES = frozenset(
-    [
-        *("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"),
-        *("arange", "eye", "expand", "repeat"),
-    ]
-)
 _COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.scalar_tensor})
 _READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr})
-
-_SIZED = frozenset(["view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "repeat", "slice", "narrow"]) | {
-    *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unflatten", "as_strided"),
-    *("repeat_interleave", "tile", "roll", "constant_pad_nd", "topk"),
-}
-_COUNTED = frozenset({"prunus.rules.contractions", "prunus.rules.recurrent"})  # they multiply, labels or not
 
 
 class Event(NamedTuple):
@@ -204,7 +192,7 @@ class Tracer(TorchDispatchMode):
         )
         spelled = func.overloadpacket.__name__
         name = spelled.rstrip("_") or spelled
-        always = name in _MAKES or getattr(rule, "__module__", "") in _COUNTED
+        always = name in MAKES or getattr(rule, "__module__", "") in MULTIPLIES
         entry = _Entry(
             name,
             rule,
@@ -247,7 +235,7 @@ class Tracer(TorchDispatchMode):
 
     def _pass_over(self, entry: _Entry, inputs: list[Labelled], hollow: Sequence[torch.Tensor]) -> None:
         """Nothing that the op reads is labelled: the sizes that the code gives it stay."""
-        if entry.name in _SIZED:
+        if entry.name in SIZED:
             for size in self.call.named():
                 Op(entry.name, self.ledger, inputs, [], self.call).require_same(size)
         for tensor in hollow:

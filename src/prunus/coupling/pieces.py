@@ -103,17 +103,9 @@ def _cuts(ledger: Ledger) -> NDArray[np.bool_]:
     guarded = (ids for g in ledger.guards for ids in (g.cause, g.effect))
     _cut_rows(cut, [*rows_of.values(), *(r.fine for r in ledger.rows_of), *guarded])
     for rows in ledger.rows_of:
-        _cut_single(cut, rows.coarse)
-    for implication in ledger.implications:
-        _cut_single(cut, implication.cause)
-        _cut_single(cut, implication.effect)
+        cut[rows.coarse] = cut[rows.coarse + 1] = True
     _travel(cut, ties.left, ties.right, ties.length)
     return cut
-
-
-def _cut_single(cut: NDArray[np.bool_], ids: Ids) -> None:
-    cut[ids] = True
-    cut[ids + 1] = True
 
 
 def _cut_rows(cut: NDArray[np.bool_], arrays: Iterable[Ids]) -> None:
@@ -186,7 +178,7 @@ def _equal_rows(ledger: Ledger, pieces: Pieces) -> Ids:
 
 
 def _implications(ledger: Ledger, pieces: Pieces) -> tuple[Ids, Ids]:
-    """Pairs of classes: the one side of a tie takes the many, a coarse atom its row, a cause its effect."""
+    """Pairs of classes: the one side of a tie takes the many, a coarse atom its row."""
     classes = pieces.classes
     down = (pieces.kind == LEFT_IS_ONE) | (pieces.kind == MANY_TO_MANY)
     up = (pieces.kind == RIGHT_IS_ONE) | (pieces.kind == MANY_TO_MANY)
@@ -199,9 +191,6 @@ def _implications(ledger: Ledger, pieces: Pieces) -> tuple[Ids, Ids]:
     for outer, inner in _contained(ledger, pieces):
         cause.append(outer)
         effect.append(inner)
-    for implication in ledger.implications:
-        cause.append(classes[pieces.of(implication.cause)])
-        effect.append(classes[pieces.of(implication.effect)])
     first, second = np.concatenate(cause), np.concatenate(effect)
     count = int(classes.max()) + 1
     pairs = np.unique(first[first != second] * count + second[first != second])

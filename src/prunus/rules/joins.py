@@ -259,30 +259,6 @@ def glu(op: Op, x: Labelled, dim: int = -1) -> Dims:
     return take(x, dim, slice(0, half))
 
 
-@rule(aten.pixel_shuffle)
-def pixel_shuffle(op: Op, x: Labelled, upscale_factor: int) -> Dims:
-    """Each output channel stems from a run of ``upscale_factor ** 2`` input channels, which live together."""
-    op.freeze(x.dims[-2:], f"{op.name} moves channels into it")
-    label = x.dims[-3]
-    if label is None or label.context:
-        op.freeze([label], f"{op.name} splits it")
-        return (*x.dims[:-3], None, None, None)
-    runs = label.ids.reshape(-1, upscale_factor**2)
-    op.ledger.tie(runs[:, :-1], runs[:, 1:])
-    return (*x.dims[:-3], Label(runs[:, 0]) if len(runs) > 1 else None, None, None)
-
-
-@rule(aten.pixel_unshuffle)
-def pixel_unshuffle(op: Op, x: Labelled, downscale_factor: int) -> Dims:
-    """Each channel becomes a run of ``downscale_factor ** 2`` channels, which live together."""
-    op.freeze(x.dims[-2:], f"{op.name} moves it into channels")
-    label = x.dims[-3]
-    if label is None or label.context:
-        op.freeze([label], f"{op.name} splits it")
-        return (*x.dims[:-3], None, None, None)
-    return (*x.dims[:-3], Label(np.repeat(label.ids, downscale_factor**2)), None, None)
-
-
 @rule(aten.flip)
 def flip(op: Op, x: Labelled, dims: Sequence[int]) -> Dims:
     """Positions in reverse order."""

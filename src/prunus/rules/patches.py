@@ -40,6 +40,20 @@ def runs(op: Op, label: Label | None, length: int) -> Label | None:
     return Label(rows[..., 0], label.context) if rows.shape[-2] > 1 else None
 
 
+@rule(aten.pixel_shuffle)
+def pixel_shuffle(op: Op, x: Labelled, upscale_factor: int) -> Dims:
+    """``(*, C * r * r, H, W) -> (*, C, H * r, W * r)``: the channels of one output channel live together."""
+    x = fix(op, x, (-2, -1), f"{op.name} moves channels into it")
+    return (*x.dims[:-3], runs(op, x.dims[-3], upscale_factor**2), None, None)
+
+
+@rule(aten.pixel_unshuffle)
+def pixel_unshuffle(op: Op, x: Labelled, downscale_factor: int) -> Dims:
+    """``(*, C, H * r, W * r) -> (*, C * r * r, H, W)``: each channel becomes a run of channels."""
+    x = fix(op, x, (-2, -1), f"{op.name} moves it into channels")
+    return take(x, x.ndim - 3, np.repeat(np.arange(x.shape[-3]), downscale_factor**2))
+
+
 @rule(aten.unfold)
 def unfold(op: Op, x: Labelled, dimension: int, size: int, step: int) -> Dims:
     """Windows of a dim, side by side: the windows' positions are a new last dim."""

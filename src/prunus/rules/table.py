@@ -11,7 +11,7 @@ each dim, never data), and an :class:`Op`, which knows the output shapes and tak
         "The two halves of the dim are paired: position k lives with position k + n/2."
 
 It returns one tuple of labels for each output (a bare tuple if there is one output; ``None`` means that no dim of the
-output is labelled). A rule may only tie, freeze, pin, make rows, balance, imply, require a size and count MACs.
+output is labelled). A rule may only tie, freeze, pin, make rows, balance, require a size and count MACs.
 What it cannot say, it freezes with a reason. Ops that PyTorch tags as pointwise need no entry; a composite op without
 an entry is decomposed and traced again; any other op without an entry freezes what flows into it and is reported.
 """
@@ -60,6 +60,27 @@ READS_NUMBERS = frozenset(
     ]
 )
 """Ops whose rules know what to do with numbers of positions; any other use of them keeps the positions."""
+
+
+MAKES = frozenset(
+    [
+        *("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"),
+        *("arange", "eye", "expand", "repeat"),
+    ]
+)
+"""Ops whose output may have labels where no input has any: their sizes are what is labelled."""
+
+SIZED = frozenset(
+    [
+        *("view", "_unsafe_view", "reshape", "_reshape_alias", "expand", "repeat", "slice", "narrow"),
+        *("split", "split_with_sizes", "unsafe_split", "unsafe_split_with_sizes", "unflatten", "as_strided"),
+        *("repeat_interleave", "tile", "roll", "constant_pad_nd", "topk"),
+    ]
+)
+"""Ops that the model's code gives sizes: where nothing is labelled, those stay as they are."""
+
+MULTIPLIES = frozenset(["prunus.rules.contractions", "prunus.rules.recurrent"])
+"""Modules whose rules count multiply-adds, whether anything is labelled or not."""
 
 
 class Call(Protocol):
