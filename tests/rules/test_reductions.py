@@ -399,3 +399,33 @@ def test_network(oracle, networks, build, inputs, bundles, share) -> None:
         return
     found = oracle(build(networks), inputs)
     assert (found.bundles, round(found.share, 3)) == (bundles, share)
+
+
+class Spread(nn.Module):
+    """Divides by the spread over its channels, as a norm of its own."""
+
+    def __init__(self, spread) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.spread = spread
+
+    def forward(self, x):
+        y = self.first(x)
+        return self.second(y / (self.spread(y) + 1))
+
+
+@pytest.mark.parametrize(
+    ("spread", "least"),
+    [
+        (lambda y: y.std(-1, keepdim=True), 2),
+        (lambda y: torch.var_mean(y, -1, keepdim=True)[0], 2),
+        (lambda y: y.var(-1, correction=2, keepdim=True), 3),
+        (lambda y: y.std(-1, unbiased=False, keepdim=True), 1),
+        (lambda y: y.var(), 1),  # over the batch too
+    ],
+)
+def test_a_spread_keeps_as_many_positions_as_it_divides_by(spread, least) -> None:
+    model, x = Spread(spread), torch.randn(3, 6)
+    prunus.prune(model, x, prunus.Target(ratio=0.99))
+    assert model.first.out_features == least
+    assert torch.isfinite(model(x)).all()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -49,6 +50,8 @@ def reduce(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims |
             op.ledger.scale(x, label.ids, -1.0)
         else:
             op.averages(label)
+        if label is not None and op.name in _SPREADS and x.shape[d] == prod(x.shape[g] for g in gone):
+            op.ledger.limit(label.ids, f"{op.name} needs more than one position", least=_correction(args, kwargs) + 1)
         labels = Labelled(x.shape, without_context(op, labels, d))
     keep = bool(x.ndim) and len(op.shape) == x.ndim
     order = (
@@ -58,6 +61,16 @@ def reduce(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims |
     if op.name in ("max", "min") and len(op.shapes) > 1:
         return [dims, numbered(op, x, min(gone, default=0), dims)]
     return dims if len(op.shapes) == 1 else [dims for _ in op.shapes]
+
+
+_SPREADS = frozenset(["var", "std", "var_mean", "std_mean"])
+
+
+def _correction(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """By how much the divisor of a variance is smaller than the number of positions: one, unless the code says else."""
+    biased = kwargs.get("unbiased") is False or any(a is False for a in args[:2])
+    asked = kwargs.get("correction")
+    return 0 if biased else 1 if asked is None else int(asked)
 
 
 def numbered(op: Op, x: Labelled, dim: int, dims: Dims) -> Dims:
