@@ -261,8 +261,8 @@ def _length(loader: Any, steps: int | None) -> int | None:
 
 def _shown(batches: Iterator[Any], total: int | None, progress: bool | None) -> Iterator[Any]:
     """The same batches, with a progress bar on a terminal."""
-    console = Console(stderr=True)
-    if not (console.is_terminal if progress is None else progress):
+    console = Console(stderr=True, force_terminal=progress or None)
+    if progress is False or not console.is_terminal:
         yield from batches
         return
     with Progress(console=console, transient=True) as bar:
