@@ -50,9 +50,8 @@ def tensors(found: tp.Calibration) -> dict[str, torch.Tensor]:
     for name, reading in found.readings.items():
         named |= {f"{name} rows": torch.tensor(reading.rows), f"{name} moment": reading.moment}
         named |= {f"{name} variance": reading.variance, f"{name} means": reading.means}
-        for key in ("energy", "gram", "gram_first"):
-            if getattr(reading, key) is not None:
-                named[f"{name} {key}"] = getattr(reading, key)
+        more = {"energy": reading.energy, "covariance": reading.covariance(), "second": reading.second_moments()}
+        named |= {f"{name} {key}": value for key, value in more.items() if value is not None}
     return named
 
 
@@ -133,7 +132,8 @@ class TestSums:
         )
         assert found.gram is not None
         assert found.energy is not None
-        assert torch.allclose(found.gram, columns.mT @ columns, rtol=1e-4, atol=1e-3)
+        moments = columns.mT @ columns / columns.shape[1]
+        assert torch.allclose(found.second_moments().float(), moments, rtol=1e-4, atol=1e-5)
         assert torch.allclose(found.energy.float(), torch.cat(made).square().sum(dim=(0, 2, 3)), rtol=1e-4, atol=1e-7)
         x = torch.cat(read)
         assert torch.allclose(found.moment.flatten().float(), x.square().mean(dim=(0, 2, 3)), rtol=1e-5)
@@ -152,7 +152,8 @@ class TestSums:
         x = torch.randn(3, 10, 2)
         found = tp.calibrate(net, x, gram_rows=4, collect=["grams"]).readings["weight"]
         assert found.gram_rows == 3 * 4
-        assert torch.allclose(found.gram, x[:, ::3].flatten(0, 1).T @ x[:, ::3].flatten(0, 1), atol=1e-5)
+        rows = x[:, ::3].flatten(0, 1)
+        assert torch.allclose(found.covariance()[0].float(), rows.T.cov(correction=0), atol=1e-5)
 
     def test_weights_too_wide_have_no_second_moments_but_those_between_channels(self) -> None:
         found = tp.calibrate(Net(), loader(8), max_gram=8, collect=["grams"])

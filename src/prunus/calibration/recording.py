@@ -251,8 +251,10 @@ def _rows(x: torch.Tensor, most: int) -> torch.Tensor:
 
 
 def _sum_gram(reading: Reading, columns: torch.Tensor) -> None:
-    product = columns.mT @ columns
-    first = columns.sum(dim=1).double()
+    if reading.shift is None:
+        reading.shift = columns.mean(dim=1)
+    columns = columns - reading.shift[:, None]
+    product, first = columns.mT @ columns, columns.sum(dim=1).double()
     reading.gram_rows += columns.shape[1]
     reading.kernel = columns.shape[-1] // reading.first.shape[-1]
     reading.gram = product if reading.gram is None else reading.gram.add_(product)

@@ -41,9 +41,10 @@ class Reading:
     second: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # the sum of x^2 over rows
     means: torch.Tensor = field(default_factory=lambda: torch.zeros(()))  # the sum over samples of (mean |x|)^2
     energy: torch.Tensor | None = None  # per output: the sum over samples and places of (dL/dy)^2
-    gram: torch.Tensor | None = None  # (blocks, columns, columns): the sum of x x'; columns are positions x kernel
-    gram_first: torch.Tensor | None = None
+    gram: torch.Tensor | None = None  # (blocks, columns, columns): the sum of (x - shift) (x - shift)'
+    gram_first: torch.Tensor | None = None  # the sum of x - shift; columns are positions x kernel
     gram_rows: int = 0
+    shift: torch.Tensor | None = None  # the mean of the first rows, so that nothing cancels
     kernel: int = 1  # columns for each position in ``gram``
     stack: bool = False  # the weight is a stack of matrices (blocks, ...), not the groups of a convolution
 
@@ -99,10 +100,18 @@ class Reading:
 
     def covariance(self) -> torch.Tensor | None:
         """The covariance of what is read, (blocks, columns, columns), in float64: the bias may follow the mean."""
-        if self.gram is None or self.gram_first is None or not self.gram_rows:
+        if self.gram is None or self.gram_first is None:
             return None
         mean = self.gram_first.double() / self.gram_rows
         return self.gram.double() / self.gram_rows - mean[:, :, None] * mean[:, None, :]
+
+    def second_moments(self) -> torch.Tensor | None:
+        """The mean of ``x x'``, (blocks, columns, columns), in float64."""
+        found = self.covariance()
+        if found is None or self.gram_first is None or self.shift is None:
+            return None
+        mean = self.gram_first.double() / self.gram_rows + self.shift.double()
+        return found + mean[:, :, None] * mean[:, None, :]
 
 
 @dataclass(frozen=True)

@@ -286,14 +286,11 @@ class OBDCImportance(GradientImportance):
         calibration = self._known()
         weight = member.tensor.detach()
         reading = calibration.reading(member.name, weight)
-        if reading is None or reading.gram is None or weight.dim() < 2:
+        moments = None if reading is None or weight.dim() < 2 else reading.second_moments()
+        energies = None if reading is None else reading.energies(weight, calibration.samples)
+        if reading is None or moments is None or energies is None:
             return None
-        matrices = reading.matrices(weight).to(reading.gram.dtype)
-        moments = reading.gram / reading.gram_rows
-        energies = reading.energies(weight, calibration.samples)
-        if energies is None:
-            return None
-        energies = energies.to(matrices.dtype)
+        matrices = reading.matrices(weight).double()
         if member.dim == reading.dim:
             columns = reading.columns(member.index).to(moments.device)
             blocks = moments[:, columns[:, :, None], columns[:, None, :]]  # (blocks, units, own, own)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -183,38 +183,57 @@ def _shares(members: Sequence[Member]) -> torch.Tensor | None:
             energy.passes(member)
             continue
         weight = member.tensor.detach().float().movedim(member.dim, -1)
-        squares = weight.reshape(-1, weight.shape[-1]).square()
-        rows = squares[:, member.index.to(weight.device)].sum(dim=-1) * energy.now(len(member.index)).to(weight.device)
-        found = (rows / (rows.sum(dim=1, keepdim=True) + TINY)).sum(dim=0).cpu()
+        squares = weight.reshape(-1, weight.shape[-1]).square().cpu()[:, member.index]  # (outputs, units, own)
+        outputs = (squares * energy.read_by(member, len(squares))).sum(dim=-1)
+        found = (outputs / (outputs.sum(dim=1, keepdim=True) + TINY)).sum(dim=0)
         shares = found if shares is None else shares + found
-    return shares if shares is not None else energy.known
+    if shares is not None or energy.known is None:
+        return shares
+    return energy.known.sum(dim=1)
 
 
 class _Energy:
-    """The energy of each unit's activations along the layers that make them."""
+    """The energy of each unit's activations, (units, positions of each), along the layers that make them."""
 
     def __init__(self) -> None:
         self.known: torch.Tensor | None = None
         self.normed = False
-        self.fresh = (
-            False  # a depthwise layer came since the last norm: what a norm makes of it replaces what was there
-        )
-
-    def now(self, units: int) -> torch.Tensor:
-        return torch.ones(units) if self.known is None else self.known
+        self.fresh = False  # a depthwise layer came since the last norm: the next norm replaces what was there
 
     def passes(self, member: Member) -> None:
-        own = to_units(powers(member.tensor, member.dim, 2), member.index)
+        """A layer makes the units, or passes them on."""
+        own = powers(member.tensor, member.dim, 2).cpu()[member.index]
         if "norm" in type(member.owner).__name__.lower():
-            replace = self.fresh or not self.normed or not (isinstance(member.owner, _BatchNorm) or member.is_bias)
-            self.known = own if replace or self.known is None else self.known + own
+            batch = isinstance(member.owner, _BatchNorm)
+            replace = not member.is_bias and (self.fresh or not self.normed or not batch)
+            self.known = own if replace else self._with(own, torch.add)
             self.normed, self.fresh = True, False
         elif _is_depthwise(member):
             self.fresh = True
-            if self.known is not None and not member.is_bias:
-                self.known = self.known * own
+            if not member.is_bias:
+                self.known = self._with(own, torch.mul)
         elif not self.normed:
-            self.known = own if self.known is None else self.known + own
+            self.known = self._with(own, torch.add)
+
+    def _with(self, own: torch.Tensor, how: Callable[..., torch.Tensor]) -> torch.Tensor:
+        if self.known is None:
+            return own
+        if self.known.shape == own.shape:
+            return how(self.known, own)
+        return how(self.known.sum(dim=1, keepdim=True), own.sum(dim=1, keepdim=True))
+
+    def read_by(self, member: Member, outputs: int) -> torch.Tensor:
+        """The energy of each position that a weight reads, to be multiplied with (outputs, units, own positions)."""
+        if self.known is None:
+            return torch.ones(1)
+        units, made = self.known.shape
+        read = member.index.shape[1]
+        groups = member.owner.groups if isinstance(member.owner, _ConvNd) and member.dim == 1 else 1
+        if groups > 1 and made == read * groups:  # each group of a convolution reads channels of its own
+            return self.known.reshape(units, groups, read).movedim(1, 0).repeat_interleave(outputs // groups, dim=0)
+        if read % made == 0:
+            return self.known.repeat_interleave(read // made, dim=1)
+        return self.known.sum(dim=1, keepdim=True)
 
 
 def _is_depthwise(member: Member) -> bool:
