@@ -133,7 +133,7 @@ class TestKroneckerFactors:
         assert torch.allclose(found[0], wanted, rtol=1e-3)
         blocks = (columns.T @ columns / len(columns)).reshape(4, 9, 4, 9)
         for j in range(4):
-            own = model[2].weight[:, j].flatten(1)
+            own = model[2].weight.detach()[:, j].flatten(1)
             cost = (outs * ((own @ blocks[j, :, j]) * own).sum(dim=1)).sum() / 2
             assert float(found[1, j]) == pytest.approx(float(cost), rel=1e-3)
 

@@ -71,6 +71,7 @@ def test_the_cheapest_goes_first_whatever_went_before(model, images, groups) -> 
 def test_of_two_units_that_can_stand_in_for_each_other_one_is_free(groups) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
     with torch.no_grad():
+        model[0].bias.fill_(0.5)  # none is dead
         model[0].weight[3] = 2 * model[0].weight[1]
         model[0].bias[3] = 2 * model[0].bias[1]
         model[2].weight[:, [1, 3]] = 5.0

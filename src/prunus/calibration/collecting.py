@@ -35,7 +35,7 @@ def calibrate(  # noqa: PLR0913 - each keyword is a choice of the user
     mask_fn: Callable[[Any], torch.Tensor] | None = None,
     per_sample: bool = True,
     keep: int = 256,
-    max_gram: int = 4608,
+    max_gram: int = 2304,
     gram_rows: int = 1024,
     seed: int = 0,
     progress: bool | None = None,

@@ -23,7 +23,7 @@ class ModuleWatch:
     The caller runs mean losses backward and counts each batch with :meth:`step`.
     """
 
-    def __init__(self, model: nn.Module, max_gram: int = 4608) -> None:
+    def __init__(self, model: nn.Module, max_gram: int = 2304) -> None:
         parameters = list(model.named_parameters())
         self._names = [(n, p) for n, p in model.named_parameters(remove_duplicate=False)]
         self._own = {id(p): n for n, p in parameters}
