@@ -135,7 +135,7 @@ class TestKroneckerFactors:
         for j in range(4):
             own = model[2].weight.detach()[:, j].flatten(1)
             cost = (outs * ((own @ blocks[j, :, j]) * own).sum(dim=1)).sum() / 2
-            assert float(found[1, j]) == pytest.approx(float(cost), rel=1e-3)
+            assert found[1, j].item() == pytest.approx(cost.item(), rel=1e-3)
 
     def test_older_scripts(self, model, groups) -> None:
         x, y = torch.randn(6, 2, 4, 4), torch.randn(6, 3, 2, 2)

@@ -32,19 +32,19 @@ class Consumer:
         own = self.weight[:, :, columns].permute(0, 2, 3, 1)  # (blocks, units, own, outputs)
         return _squares(blocks, own).sum(dim=(0, 2, 3)) / 2
 
-    def without(self, units: torch.Tensor) -> tuple[Consumer, torch.Tensor]:
-        """What is left when ``units`` go together, and what that costs."""
+    def copy(self) -> Consumer:
+        """The same, to be changed in place."""
+        return Consumer(self.weight.clone(), self.inverse.clone(), self.columns)
+
+    def remove(self, units: torch.Tensor) -> torch.Tensor:
+        """Remove ``units`` together, in place (their columns become zero), and give what that costs."""
         gone = self.columns[units].flatten()
-        keep = torch.ones(self.weight.shape[-1], dtype=torch.bool, device=self.weight.device)
-        keep[gone] = False
-        left = keep.nonzero().flatten()
         factor = torch.linalg.cholesky(self.inverse[:, gone[:, None], gone[None, :]])
-        rows = torch.linalg.solve_triangular(factor, self.inverse[:, gone[:, None], left[None, :]], upper=False)
+        rows = torch.linalg.solve_triangular(factor, self.inverse[:, gone], upper=False)
         weights = torch.linalg.solve_triangular(factor, self.weight[:, :, gone].mT, upper=False)
-        inverse = self.inverse[:, left[:, None], left[None, :]] - rows.mT @ rows
-        place = (keep.cumsum(0) - 1)[self.columns]
-        weight = self.weight[:, :, left] - weights.mT @ rows
-        return Consumer(weight, inverse, place), weights.square().sum() / 2
+        self.inverse.baddbmm_(rows.mT, rows, alpha=-1)
+        self.weight.baddbmm_(weights.mT, rows, alpha=-1)
+        return weights.square().sum() / 2
 
 
 def _squares(blocks: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
@@ -72,6 +72,7 @@ def eliminate(consumers: Sequence[Consumer], extra: torch.Tensor, steps: int) ->
     Several consumers go in lock-step; ``extra`` (units,) is added to the cost of each unit. Of units that go at once
     the joint cost is exact, and shared out in proportion to what each costs alone.
     """
+    consumers = [consumer.copy() for consumer in consumers]
     left = torch.arange(len(extra), device=extra.device)
     many = -(-len(extra) // max(steps, 1))
     order, added = [], []
@@ -82,12 +83,8 @@ def eliminate(consumers: Sequence[Consumer], extra: torch.Tensor, steps: int) ->
         ranks = alone.argsort(stable=True)
         now = left[ranks[:many]]
         joint = extra[now].sum()
-        rest = []
         for consumer in consumers:
-            after, cost = consumer.without(now)
-            joint = joint + cost
-            rest.append(after)
-        consumers = rest
+            joint = joint + consumer.remove(now)
         share = alone[ranks[:many]]
         order.append(now)
         added.append(joint * share / share.sum() if float(share.sum()) > 0 else share)

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
-from torch.nn.modules.conv import _ConvNd
 
 from prunus.calibration import Calibration, ModuleWatch
 from prunus.errors import InputError
@@ -258,7 +257,7 @@ class OBDCImportance(GradientImportance):
         group_reduction: see :class:`LayerwiseImportance`.
         normalizer: see :class:`LayerwiseImportance`.
         bias: also count biases (they do not take part here).
-        target_types: count only parameters of modules of these types (default: convolutions and linear layers).
+        target_types: count only weights of modules of these types (default: all modules).
         num_classes: accepted for old scripts.
         calibration: what :func:`prunus.calibrate` returned.
 
@@ -270,7 +269,7 @@ class OBDCImportance(GradientImportance):
         group_reduction: str | None = "mean",
         normalizer: Normalizer = "mean",
         bias: bool = False,
-        target_types: Sequence[type] = (_ConvNd, nn.Linear),
+        target_types: Sequence[type] = DEFAULT_TYPES,
         num_classes: int = 100,
         calibration: Calibration | None = None,
     ) -> None:
