@@ -16,6 +16,7 @@ from prunus.importance.criteria import (
     LayerwiseImportance,
     Normalizer,
     ScoredGroup,
+    along,
     check_not_empty,
     normalize,
     to_units,
@@ -76,10 +77,10 @@ class MagnitudeImportance(LayerwiseImportance):
 def powers(tensor: torch.Tensor, dim: int, p: float) -> torch.Tensor:
     """For each position along ``dim`` the sum of ``|w| ** p``."""
     weight = tensor.detach().float()
-    others = [d for d in range(weight.dim()) if d != dim]
-    if not others:
-        return weight.abs().pow(p)
-    return torch.linalg.vector_norm(weight, ord=p, dim=others).pow(p)
+    if dim == 0 and weight.dim() > 1 and p == 2:  # one pass; along other dims it would be the slower way
+        return torch.linalg.vector_norm(weight, dim=tuple(range(1, weight.dim()))).square()
+    sizes = weight.square() if p == 2 else weight.abs() if p == 1 else weight.abs().pow(p)
+    return along(sizes, dim)
 
 
 class BNScaleImportance(MagnitudeImportance):
