@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from functools import partial
 
 import pytest
@@ -259,6 +260,7 @@ class TestInputs:
                 {"input_fn": lambda b: b["a"], "loss_fn": lambda out, b: F.cross_entropy(out, b["b"])},
             ),
             ([{"x": data()[0]}], {}),
+            ([UserDict(x=data()[0])], {}),
             ([("unused", *data())], {"input_fn": lambda batch: (batch[1],)}),
         ],
     )

@@ -68,16 +68,16 @@ def test_second_order_change_counts_every_sample(groups) -> None:
 def test_one_mask_for_all_layers_of_a_group(groups) -> None:
     model = net()
     # the gradient of a mask on a unit is what it adds to the output: (9, -2) and (6, -6)
-    fisher = tp.importance.FisherImportance(calibrated(model))
+    fisher = tp.importance.FisherImportance(calibrated(model), normalizer=None)
     assert fisher(group(groups, model)).tolist() == pytest.approx([(81 + 36) / 4, (4 + 36) / 4])
-    first = tp.importance.FisherImportance(calibrated(model), p=1)
+    first = tp.importance.FisherImportance(calibrated(model), p=1, normalizer=None)
     assert first(group(groups, model)).tolist() == pytest.approx([7.5, 4.0])
 
 
 def test_masks_are_summed_over_all_readers_before_squares(stream, batches, groups) -> None:
     """Against a mask that is really there."""
     calibration = tp.calibrate(stream, batches, F.cross_entropy)
-    found = tp.importance.FisherImportance(calibration)(groups(stream, batches[0][0])["stem"])
+    found = tp.importance.FisherImportance(calibration, normalizer=None)(groups(stream, batches[0][0])["stem"])
     squares = torch.zeros(6)
     for images, classes in batches:
         for x, y in zip(images, classes, strict=True):
@@ -99,7 +99,7 @@ def test_groups_that_nothing_reads_have_masks_where_they_are_made(groups, attent
     """Queries against keys: the gradient of a mask over either is the same."""
     x = torch.randn(6, 5, 8)
     calibration = tp.calibrate(attention, x)
-    found = tp.importance.FisherImportance(calibration)(groups(attention, x)["q"])
+    found = tp.importance.FisherImportance(calibration, normalizer=None)(groups(attention, x)["q"])
     made: list[torch.Tensor] = []
     attention.k.register_forward_hook(lambda m, i, o: made.append(o))
     total = torch.zeros(8)
@@ -158,6 +158,21 @@ class TestKroneckerFactors:
         importance._clear_buffer()
         with pytest.raises(tp.InputError, match="knows no statistics"):
             importance(groups(model, x)["0"])
+
+
+@pytest.mark.parametrize("kind", ["GroupTaylorImportance", "GroupHessianImportance"])
+def test_gradients_are_cut_with_the_weights(kind) -> None:
+    """Two steps after one backward pass; what was accumulated by hand has to be accumulated again."""
+    model = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 1))
+    importance = getattr(tp.importance, kind)()
+    pruner = tp.pruner.MetaPruner(model, X, importance, iterative_steps=2, pruning_ratio=0.5)
+    model(X).sum().backward()
+    for width in (6, 4):
+        if kind == "GroupHessianImportance":
+            importance.zero_grad()
+            importance.accumulate_grad(model)
+        pruner.step()
+        assert model[0].out_features == width
 
 
 class TestErrors:

@@ -132,7 +132,7 @@ def test_readers_without_second_moments_count_by_masks_or_energy(groups) -> None
     calibration = tp.calibrate(model, x, max_gram=3)
     group = groups(model, x)["0"]
     weighted = tp.importance.OutputErrorImportance(calibration)(group)
-    assert torch.allclose(weighted, tp.importance.FisherImportance(calibration)(group), rtol=1e-4)
+    assert torch.allclose(weighted, tp.importance.FisherImportance(calibration, normalizer=None)(group), rtol=1e-4)
     plain = tp.importance.OutputErrorImportance(calibration, weighted=False)(group)
     energy = model[1].weight.square().sum(dim=0) * model[0](x).square().mean(dim=0) / 2
     assert torch.allclose(plain, energy, rtol=1e-4)
@@ -146,7 +146,7 @@ def test_queries_and_keys_count_by_masks(attention, groups) -> None:
         found = tp.importance.OutputErrorImportance(calibration)(by_group[name])
         assert found is not None
         assert bool((found > 0).all())
-    fisher = tp.importance.FisherImportance(calibration)(by_group["q"])
+    fisher = tp.importance.FisherImportance(calibration, normalizer=None)(by_group["q"])
     assert torch.allclose(tp.importance.OutputErrorImportance(calibration)(by_group["q"]), fisher, rtol=1e-4)
 
 
@@ -182,3 +182,25 @@ def test_bad_arguments() -> None:
     for arguments in ({"steps": -1}, {"ridge": -1.0}):
         with pytest.raises(tp.InputError, match="must be at least 0"):
             tp.importance.OutputErrorImportance(calibration, **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_models_of_other_types(groups, dtype) -> None:
+    """Sums are in float32 at least, so that large activations of half precision do no harm."""
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2)).to(dtype)
+    x = torch.randn(16, 4).to(dtype) * 1e3
+    calibration = tp.calibrate(model, x)
+    assert calibration.gradients["0.weight"].square.dtype is torch.float32
+    group = groups(model, x)["0"]
+    for importance in (
+        tp.importance.OutputErrorImportance(calibration),
+        tp.importance.FisherImportance(calibration),
+        tp.importance.HessianImportance(calibration=calibration),
+        tp.importance.OBDCImportance(calibration=calibration),
+        tp.importance.FLAPImportance(calibration),
+        tp.importance.InvariantMagnitudeImportance(),
+    ):
+        found = importance(group)
+        assert found is not None
+        assert found.dtype is torch.float32
+        assert bool(torch.isfinite(found).all())

@@ -141,7 +141,7 @@ class TestOthers:
 
     def test_shares_of_the_outputs_energy(self) -> None:
         # energy read: 9 + 0 and 0.25 + 1; columns 2^2 and 4^2 of the only output
-        found = tp.importance.InvariantMagnitudeImportance()(group_of(chain()))
+        found = tp.importance.InvariantMagnitudeImportance(None)(group_of(chain()))
         assert close(found, [36 / (36 + 20), 20 / (36 + 20)])
 
 

@@ -49,8 +49,10 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 
 def to_device(value: Any, device: torch.device) -> Any:
-    """The same, with every tensor on a device."""
-    return tree_map(lambda v: v.to(device) if isinstance(v, torch.Tensor) else v, value)
+    """The same, with every tensor (or object that can move, such as a graph) on a device, and mappings as dicts."""
+    if isinstance(value, Mapping):
+        return {name: to_device(v, device) for name, v in value.items()}
+    return tree_map(lambda v: v.to(device) if callable(getattr(v, "to", None)) else v, value)
 
 
 def samples_in(value: Any) -> int | None:

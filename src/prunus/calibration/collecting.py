@@ -60,8 +60,8 @@ def calibrate(  # noqa: PLR0913 - each keyword is a choice of the user
             the gradients of what weights make), "grams" (second moments between what a weight reads).
         forward_fn: ``forward_fn(model, inputs)`` to use instead of calling the model.
         mask_fn: ``mask_fn(batch)``: a bool tensor (samples, places) of the tokens that count (no padding).
-        per_sample: whether gradients are taken sample by sample; without it (losses that compare samples, samples of
-            different form) a batch counts as one sample.
+        per_sample: whether gradients are taken sample by sample. Without it (for losses that compare samples), and
+            where the tensors of a batch do not agree in their first size (graphs), a batch counts as one sample.
         keep: so many samples' mask gradients are kept apart; beyond, they share rows, which is right on average.
         max_gram: weights with more columns have no second moments (convolutions: only those between channels).
         gram_rows: at most so many places of each sample enter second moments.
@@ -139,7 +139,7 @@ class _Run:
         own = self.settings
         inputs, targets = split_batch(batch)
         if own.input_fn is not None:
-            inputs = own.input_fn(batch)
+            inputs = to_device(own.input_fn(batch), self.device)
         mask = None if own.mask_fn is None else own.mask_fn(batch).bool()
         whole = (inputs, targets if own.loss_fn is not None else None, mask)
         count = samples_in(whole)

@@ -199,7 +199,8 @@ class FisherImportance(Importance):
     Args:
         calibration: what :func:`prunus.calibrate` returned.
         p: 2 for the Fisher form, 1 for the first-order form.
-        normalizer: see :class:`LayerwiseImportance` (default None: losses compare as they are).
+        normalizer: see :class:`LayerwiseImportance` (None: units of the loss; one threshold over these can empty whole
+            groups, for what many units cost together is more than the sum).
 
     Source: Molchanov et al. 2017 (arXiv 1611.06440) for p=1; Liu et al. 2021 (Group Fisher, arXiv 2108.00708) for p=2.
 
@@ -207,7 +208,7 @@ class FisherImportance(Importance):
         InputError: the calibration has no gradients, or p=1 with more samples than it keeps apart.
     """
 
-    def __init__(self, calibration: Calibration, p: int = 2, normalizer: Normalizer = None) -> None:
+    def __init__(self, calibration: Calibration, p: int = 2, normalizer: Normalizer = "mean") -> None:
         normalize(torch.ones(1), normalizer)
         calibration.need("gradients")
         if p == 1 and not calibration.rows_are_samples:

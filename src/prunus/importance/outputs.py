@@ -38,8 +38,9 @@ class OutputErrorImportance(Importance):
     The block form of Optimal Brain Surgeon on the second moments of what weights read, with a bias that follows the
     mean. Units are removed in order, cheapest first, and each removal changes what the next ones cost, so of two units
     that can stand in for each other only one is cheap. With ``weighted``, outputs count by the energy of their
-    gradient, which puts all groups in units of the loss (OBS-F). A weight without second moments counts by its mask
-    gradient (weighted), or by the energy of its columns.
+    gradient, which puts all groups in units of the loss (OBS-F); random projections (calibrate without ``loss_fn``)
+    tend to do better there than a loss that is nearly zero on most samples. A weight without second moments counts by
+    its mask gradient (weighted), or by the energy of its columns.
 
     Invariant under rescaling that leaves the network's function as it is, if ``weighted``.
 

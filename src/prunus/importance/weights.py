@@ -151,14 +151,13 @@ class InvariantMagnitudeImportance(Importance):
     ``m[j]`` stands for the energy of what is read: ``gamma^2 + beta^2`` of the batch norms that make it, or the squared
     norm of the rows that make it where there is none; of other norms, those of the last one. It does not change when a
     network is rescaled without changing what it computes (rows of a convolution before a norm; a norm's output and the
-    columns that read it), and shares compare across groups. Groups that nothing reads get the magnitudes of what makes
-    them.
+    columns that read it). Groups that nothing reads get the magnitudes of what makes them.
 
     Args:
-        normalizer: see :class:`LayerwiseImportance` (default None: shares compare as they are).
+        normalizer: see :class:`LayerwiseImportance` (None: shares add up to the number of outputs of all readers).
     """
 
-    def __init__(self, normalizer: Normalizer = None) -> None:
+    def __init__(self, normalizer: Normalizer = "mean") -> None:
         self.normalizer = normalizer
         normalize(torch.ones(1), normalizer)
 
