@@ -175,6 +175,18 @@ def test_gradients_are_cut_with_the_weights(kind) -> None:
         assert model[0].out_features == width
 
 
+def test_weights_in_recurrent_kernels_count_by_their_diagonal(groups) -> None:
+    model = nn.LSTM(3, 4, batch_first=True)
+    x = torch.randn(6, 5, 3)
+    calibration = tp.calibrate(model, x, forward_fn=lambda m, i: m(i)[0][:, -1, :2])
+    member = tp.importance.Member("weight_hh_l0", model.weight_hh_l0, model, 1, torch.arange(4)[:, None], True)
+    found = tp.importance.OBDCImportance(calibration=calibration).slices(member)
+    hessian = tp.importance.HessianImportance(calibration=calibration).slices(member)
+    assert found is not None
+    assert torch.equal(found, hessian)
+    assert float(found.min()) > 0
+
+
 class TestErrors:
     def test_gradients_are_missing(self, groups) -> None:
         model = net()

@@ -249,7 +249,8 @@ class OBDCImportance(GradientImportance):
     """The second-order change of the loss with a Kronecker-factored Hessian: ``S[o] / 2 * w A w'`` for a row ``w``.
 
     ``A`` is the second moment of what a layer reads and ``S`` the energy of the gradient of what it makes; for what a
-    layer reads, ``sum over outputs o of S[o] w[o, j] A[j, j] w[o, j] / 2``, with ``j`` all positions of a unit.
+    layer reads, ``sum over outputs o of S[o] w[o, j] A[j, j] w[o, j] / 2``, with ``j`` all positions of a unit. Weights
+    without second moments (in recurrent kernels, parametrised) count as in :class:`HessianImportance`.
 
     Pass a calibration; or as in older scripts: ``_prepare_model(model, pruner)``, then for each batch the backward pass
     of a mean loss and ``step()``, then score, then ``_rm_hooks(model)`` and ``_clear_buffer()``.
@@ -289,7 +290,7 @@ class OBDCImportance(GradientImportance):
         moments = None if reading is None or weight.dim() < 2 else reading.second_moments()
         energies = None if reading is None else reading.energies(weight, calibration.samples)
         if reading is None or moments is None or energies is None:
-            return None
+            return self._diagonal(calibration, member)
         matrices = reading.matrices(weight).double()
         if member.dim == reading.dim:
             columns = reading.columns(member.index).to(moments.device)
@@ -299,6 +300,14 @@ class OBDCImportance(GradientImportance):
             return (energy * energies[:, None]).sum(dim=(0, 2)).float().cpu() / 2
         rows = ((matrices @ moments) * matrices).sum(dim=-1) * energies
         return to_units(rows.reshape(weight.shape[member.dim], -1).sum(dim=1), member.index) / 2
+
+    @staticmethod
+    def _diagonal(calibration: Calibration, member: Member) -> torch.Tensor | None:
+        """The score of :class:`HessianImportance`, in the same units, for a weight without second moments."""
+        if member.tensor.dim() < 2 or not calibration.gradients:
+            return None
+        square = calibration.gradient(member.name, member.tensor).square
+        return to_units(along(member.tensor.detach().float().square() * square, member.dim), member.index) / 2
 
     def _known(self) -> Calibration:
         if self.calibration is not None:
