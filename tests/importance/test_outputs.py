@@ -204,3 +204,29 @@ def test_models_of_other_types(groups, dtype) -> None:
         assert found is not None
         assert found.dtype is torch.float32
         assert bool(torch.isfinite(found).all())
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        tp.importance.OutputErrorImportance,
+        tp.importance.FisherImportance,
+        tp.importance.WandaImportance,
+        lambda c: tp.importance.OBDCImportance(calibration=c),
+    ],
+)
+def test_whole_heads(attention, make) -> None:
+    """The head whose values are zero is the one to go."""
+    with torch.no_grad():
+        for layer in (attention.q, attention.k, attention.v):
+            layer.weight[4:] = 0
+            layer.bias[4:] = 0
+    x = torch.randn(6, 5, 8)
+    importance = make(tp.calibrate(attention, x))
+    kept = attention.out.weight[:, :4].clone()
+    result = tp.prune(
+        attention, x, tp.Target(ratio=0.5), importance=importance, prune_num_heads=True, prune_head_dims=False
+    )
+    assert result.after.params < result.before.params
+    assert attention.heads == 1
+    assert torch.equal(attention.out.weight, kept)
