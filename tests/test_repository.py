@@ -27,7 +27,7 @@ LEVELS = [
     {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"},
     {"coupling"},
     {"plan"},
-    {"surgery", "handlers", "cost", "importance", "functions"},
+    {"surgery", "handlers", "cost", "calibration", "importance", "functions"},
     {"selection", "heads", "regularize", "recover", "recipe", "report"},
     {"group", "graph", "pruner", "pruning", "verification", "utils"},
     {"integrations"},

@@ -6,6 +6,7 @@ that users of structured pruning know, so that ``import prunus as tp`` runs the 
 
 from prunus import cost, functions, importance, pruner, utils
 from prunus._version import __version__
+from prunus.calibration import Calibration, calibrate
 from prunus.errors import InputError, NothingToPruneError, PrunusError, SurgeryError, TargetError
 from prunus.functions import *  # noqa: F403 - the prune_* family; functions.__all__ is the list
 from prunus.graph import DependencyGraph
@@ -20,6 +21,7 @@ from prunus.surgery import Receipt, apply
 from prunus.verification import VerifyReport, verify
 
 __all__ = [
+    "Calibration",
     "Dependency",
     "DependencyGraph",
     "Fact",
@@ -36,6 +38,7 @@ __all__ = [
     "VerifyReport",
     "__version__",
     "apply",
+    "calibrate",
     "cost",
     "freeze",
     "functions",

@@ -1,6 +1,7 @@
-"""Scores of groups: how much is lost when a unit goes. Low scores go first.
+"""What all criteria share: the scores of each layer of a group are reduced to one per unit, and made comparable.
 
-A criterion is called with a group and returns one score for each of its units, or None for "cannot say".
+A criterion is called with a group and returns one score for each of its units, or None for "cannot say". Units with low
+scores go first.
 """
 
 from __future__ import annotations
@@ -40,77 +41,99 @@ class Importance:
         raise NotImplementedError(f"{type(self).__name__} does not implement __call__(group)")
 
 
-class MagnitudeImportance(Importance):
-    """The p-norm (to the power p) of everything that goes with a unit, averaged over the layers of its group.
+class LayerwiseImportance(Importance):
+    """Scores each tensor of a group by itself, reduces over them, and normalises over the group's units.
+
+    A criterion of this kind says in :meth:`slices` what each unit's slices of one tensor are worth.
 
     Args:
-        p: the power, 2 for squared weights, 1 for absolute ones.
-        group_reduction: over the layers of a group: mean, sum, max, prod or first (the group's first layer only).
-        normalizer: over the units of a group: mean, sum, max, standarization, gaussian, lamp, sentinel_K (divide by
-            the K-th largest), a callable, or None.
+        group_reduction: over the tensors of a group: mean, sum, max, prod, first (the group's first tensor only), gate
+            (its last only), or None: all of them, as a matrix (tensors, units).
+        normalizer: over the units of a group: mean, sum, max, standarization, gaussian, lamp, sentinel_K (divide by the
+            K-th largest score, or, for K below 1, by the score at that share of the ascending scores), a callable, or
+            None.
         bias: also count biases.
         target_types: count only parameters of modules of these types (default: all modules).
 
-    Source: Li et al. 2017 (arXiv 1608.08710) for single layers; Fang et al. 2023 (DepGraph, arXiv 2301.12900), section
-    3.3, for the sum over the coupled layers.
-
-    Example:
-        >>> import torch, prunus as tp
-        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
-        >>> DG = tp.DependencyGraph().build_dependency(model, torch.randn(1, 4))
-        >>> group = next(DG.get_all_groups())
-        >>> tp.importance.MagnitudeImportance(p=2)(group).shape
-        torch.Size([3])
+    Raises:
+        InputError: a reduction or normaliser is not known.
     """
 
     def __init__(
         self,
-        p: int = 2,
-        group_reduction: str = "mean",
+        group_reduction: str | None = "mean",
         normalizer: Normalizer = "mean",
         bias: bool = False,
         target_types: Sequence[type] = DEFAULT_TYPES,
     ) -> None:
-        if group_reduction not in _REDUCTIONS:
-            raise InputError(f"group_reduction={group_reduction!r}: choose one of {sorted(_REDUCTIONS)}")
-        self.p = p
+        if group_reduction is not None and group_reduction not in _REDUCTIONS:
+            raise InputError(f"group_reduction={group_reduction!r}: choose one of {sorted(_REDUCTIONS)}, or None")
+        normalize(torch.ones(1), normalizer)
         self.group_reduction = group_reduction
         self.normalizer = normalizer
         self.bias = bias
         self.target_types = tuple(target_types)
 
-    @torch.no_grad()
-    def __call__(self, group: ScoredGroup) -> torch.Tensor | None:
-        """One score for each unit, or None if no parameter of the group counts."""
-        scores = torch.zeros(group.size, dtype=torch.float32)
-        counted = False
-        for places, members in group.parts:
-            chosen = [self._slices(m) for m in members if self._counts(m)]
-            if chosen:
-                counted = True
-                scores[places] = _REDUCTIONS[self.group_reduction](torch.stack(chosen))
-        return normalize(scores, self.normalizer) if counted else None
+    def slices(self, member: Member) -> torch.Tensor | None:
+        """What each unit's slices of one tensor are worth, one number per unit; None: this tensor cannot say."""
+        raise NotImplementedError(f"{type(self).__name__} does not implement slices(member)")
 
-    def _counts(self, member: Member) -> bool:
+    def counts(self, member: Member) -> bool:
+        """Whether a tensor takes part: parameters of the target types, biases on request."""
         if not isinstance(member.tensor, nn.Parameter) or (member.is_bias and not self.bias):
             return False
         return isinstance(member.owner, self.target_types)
 
-    def _slices(self, member: Member) -> torch.Tensor:
-        """The sum over each unit's slices."""
-        weight = member.tensor.detach().float().abs()
-        others = [d for d in range(weight.dim()) if d != member.dim]
-        powers = weight.square() if self.p == 2 else weight if self.p == 1 else weight.pow(self.p)
-        positions = powers.sum(dim=others) if others else powers
-        return positions.cpu()[member.index].sum(dim=1)
+    @torch.no_grad()
+    def __call__(self, group: ScoredGroup) -> torch.Tensor | None:
+        """One score for each unit, or None if no parameter of the group counts.
+
+        Raises:
+            InputError: the group is empty.
+        """
+        check_not_empty(group)
+        parts = []
+        for places, members in group.parts:
+            chosen = [found for m in members if self.counts(m) and (found := self.slices(m)) is not None]
+            if chosen:
+                parts.append((places, torch.stack(chosen)))
+        if not parts:
+            return None
+        if self.group_reduction is None:
+            return normalize(_joined(parts, group.size), self.normalizer)
+        scores = torch.zeros(group.size, dtype=torch.float32)
+        for places, layers in parts:
+            scores[places] = _REDUCTIONS[self.group_reduction](layers)
+        return normalize(scores, self.normalizer)
 
 
-class RandomImportance(Importance):
-    """Uniform random scores, from torch's generator."""
+def check_not_empty(group: ScoredGroup) -> None:
+    """Refuse a group without units.
 
-    def __call__(self, group: ScoredGroup) -> torch.Tensor:
-        """One random score for each unit."""
-        return torch.rand(group.size, dtype=torch.float32)
+    Raises:
+        InputError: the group is empty.
+    """
+    if group.size == 0:
+        raise InputError("the group has no units left, so there is nothing to score: rebuild it from the graph")
+
+
+def _joined(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], size: int) -> torch.Tensor:
+    """The scores of all tensors as a matrix (tensors, units); zero where a unit does not cut that many."""
+    found = torch.zeros(max(len(layers) for _, layers in parts), size, dtype=torch.float32)
+    for places, layers in parts:
+        found[: len(layers), places] = layers
+    return found
+
+
+def to_units(positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Sums over each unit's positions: ``positions`` (..., size) and ``index`` (units, per unit) give (..., units)."""
+    return positions[..., index.to(positions.device)].sum(dim=-1).float().cpu()
+
+
+def along(values: torch.Tensor, dim: int) -> torch.Tensor:
+    """The sum over all dims but one."""
+    others = [d for d in range(values.dim()) if d != dim]
+    return values.sum(dim=others) if others else values
 
 
 _REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -119,6 +142,7 @@ _REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
     "max": lambda s: s.amax(dim=0),
     "prod": lambda s: s.prod(dim=0),
     "first": lambda s: s[0],
+    "gate": lambda s: s[-1],
 }
 
 
@@ -127,6 +151,10 @@ def normalize(scores: torch.Tensor, how: Normalizer) -> torch.Tensor:
 
     Raises:
         InputError: ``how`` names no normaliser.
+
+    Example:
+        >>> normalize(torch.tensor([1.0, 3.0]), "mean")
+        tensor([0.5000, 1.5000])
     """
     if how is None:
         return scores
@@ -134,10 +162,17 @@ def normalize(scores: torch.Tensor, how: Normalizer) -> torch.Tensor:
         return how(scores)
     if how in _NORMALIZERS:
         return _NORMALIZERS[how](scores)
-    if how.startswith("sentinel_") and how.removeprefix("sentinel_").isdigit():
-        rank = min(int(how.removeprefix("sentinel_")), len(scores)) - 1
-        return scores / (scores.sort(descending=True).values[max(rank, 0)] + TINY)
+    rank = how.removeprefix("sentinel_") if how.startswith("sentinel_") else ""
+    if rank.replace(".", "", 1).isdigit():
+        return scores / (_sentinel(scores, float(rank)) + TINY)
     raise InputError(f"normalizer={how!r}: choose one of {', '.join(_NORMALIZERS)}, sentinel_K, a callable or None")
+
+
+def _sentinel(scores: torch.Tensor, rank: float) -> torch.Tensor:
+    """The ``rank``-th largest score; for a rank below 1, the one at that share of the ascending scores."""
+    ascending = scores.flatten().sort().values
+    place = int(rank * len(ascending)) if rank < 1 else len(ascending) - int(rank)
+    return ascending[max(place, 0)]
 
 
 def _lamp(scores: torch.Tensor) -> torch.Tensor:
