@@ -26,10 +26,10 @@ LEVELS = [
     {"rules"},
     {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "tracing", "hints"},
     {"coupling"},
-    {"plan"},
-    {"surgery", "handlers", "cost", "importance", "functions"},
+    {"drops", "plan"},
+    {"surgery", "containers", "handlers", "cost", "importance", "functions"},
     {"selection", "heads", "regularize", "recover", "recipe", "report"},
-    {"group", "graph", "pruner", "pruning", "verification", "utils"},
+    {"group", "graph", "pruner", "pruning", "verification", "blocks", "utils"},
     {"integrations"},
     {"cli", "__main__"},
 ]
