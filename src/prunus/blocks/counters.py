@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.drops import Cut, Drop, joined, later_name
+from prunus.drops import Cut, Drop, joined, later_name, within
 from prunus.plan import Setting
 from prunus.sizes import Attribute, attribute_home
 
@@ -51,20 +51,29 @@ def find_counters(model: nn.Module, drop: Drop) -> Counters:
     if owners:
         counts += _counts(vars(owners[0][1]), owners[0][0], "", size)
         lists += _lists(vars(owners[0][1]), owners[0][0], "", size)
-    seen: set[int] = set()
+    for holders in _configurations(owners):
+        path, name, fields = holders[0]
+        prefix = f"{name}."
+        lists += _lists(fields, path, prefix, size)
+        candidates = _counts(fields, path, prefix, size)
+        whole = {place: _rebuilt_keys(model, place, key) for place, key, _ in holders}
+        with _set(model, counts, less), _cut(model, lists, _spots(model, drop)):
+            chosen, fits = _chosen(model, name, whole, candidates, drop)
+        counts += chosen
+        rebuilt = rebuilt if fits is None else fits
+    return Counters(tuple(counts), tuple(lists), rebuilt)
+
+
+def _configurations(owners: Sequence[tuple[str, nn.Module]]) -> list[list[tuple[str, str, dict[str, Any]]]]:
+    """Each configuration that modules around a container hold: all its places, the nearest first, and its fields."""
+    found: dict[int, list[tuple[str, str, dict[str, Any]]]] = {}
     for path, module in owners:
         for name in ("config", "cfg"):
             config = vars(module).get(name)
             fields = getattr(config, "__dict__", None)
-            if not fields or isinstance(config, (nn.Module, type)) or id(config) in seen:
-                continue
-            seen.add(id(config))
-            lists += _lists(fields, path, f"{name}.", size)
-            with _set(model, counts, less), _cut(model, lists, _spots(model, drop)):
-                chosen, fits = _chosen(model, path, config, _counts(fields, path, f"{name}.", size), drop)
-            counts += chosen
-            rebuilt = fits if fits is not None else rebuilt
-    return Counters(tuple(counts), tuple(lists), rebuilt)
+            if fields and not isinstance(config, (nn.Module, type)):
+                found.setdefault(id(config), []).append((path, name, fields))
+    return list(found.values())
 
 
 def followers(model: nn.Module, drop: Drop, counters: Counters) -> tuple[list[Setting], list[Cut]]:
@@ -138,39 +147,39 @@ def _numbers(model: nn.Module, drop: Drop) -> list[Setting]:
 
 
 def _chosen(
-    model: nn.Module, path: str, config: Any, candidates: Sequence[Attribute], drop: Drop
+    model: nn.Module, name: str, whole: Mapping[str, set[str] | None], candidates: Sequence[Attribute], drop: Drop
 ) -> tuple[list[Attribute], bool | None]:
-    """Those of the candidates that count the container: with them, a model built anew is the cut one."""
-    owner = model.get_submodule(path)
-    keys = _keys_after(owner, path, drop)
-    if _rebuilt_keys(owner, config) is not None:
-        few = list(candidates)[:_MOST]
+    """Those of the candidates that count the container: with them, a model built anew has lost the same tensors.
+
+    Returns:
+        The counters, and whether that is proved (None: the configuration has nothing to do with it).
+    """
+    few = list(candidates)[:_MOST]
+    relevant = bool(few)
+    for path, before in whole.items():
+        if before is None or not any(within(key, drop.container) for key in before):
+            continue
+        relevant = True
+        wanted = {later for key in before if (later := later_name([drop], key)) is not None}
         for many in range(len(few) + 1):
             for chosen in combinations(few, many):
                 with _set(model, chosen, len(drop.names)):
-                    if _rebuilt_keys(owner, config) == keys:
+                    if _rebuilt_keys(model, path, name) == wanted:
                         return list(chosen), True
-    usual = [a for a in candidates if a.name.rpartition(".")[2] in _USUAL]
-    return usual[:1], False if _rebuilt_keys(owner, config) is not None else None
+    usual = [a for a in few if a.name.rpartition(".")[2] in _USUAL]
+    return (usual if len(usual) == 1 else []), False if relevant else None
 
 
-def _keys_after(owner: nn.Module, path: str, drop: Drop) -> set[str]:
-    found = set()
-    for key in owner.state_dict():
-        name = later_name([drop], joined(path, key))
-        if name is not None:
-            found.add(name[len(path) + 1 :] if path else name)
-    return found
-
-
-def _rebuilt_keys(owner: nn.Module, config: Any) -> set[str] | None:
-    """The tensors of a model of the same class that is built from the configuration alone, if that can be done."""
+def _rebuilt_keys(model: nn.Module, path: str, name: str) -> set[str] | None:
+    """The tensors of a module of the same class that is built from its configuration alone, if that can be done."""
+    owner = model.get_submodule(path)
+    config = vars(owner)[name]
     try:
         fresh = copy.deepcopy(config)
         if hasattr(config, "to_dict") and hasattr(config, "from_dict"):
             fresh = type(config).from_dict(config.to_dict())
         with torch.device("meta"), torch.random.fork_rng(devices=[]), torch.no_grad():
-            return set(type(owner)(fresh).state_dict())
+            return {joined(path, key) for key in type(owner)(fresh).state_dict()}
     except Exception:  # any code may run here: what cannot be built is not compared
         return None
 
