@@ -16,8 +16,9 @@ from torch import nn
 from prunus.blocks.flow import Recorder, Subject
 from prunus.blocks.planning import Planner
 from prunus.blocks.proof import Prover
-from prunus.blocks.shape import NO_STREAM, Inner, Outer, Reading, inner, outer
+from prunus.blocks.shape import Inner, Outer, Reading, inner, outer
 from prunus.blocks.silence import Measured, Shape
+from prunus.drops import within
 from prunus.errors import InputError
 from prunus.graph import DependencyGraph
 from prunus.tracing import ForwardFn, Inputs
@@ -171,8 +172,8 @@ class Search:
             return Block(module, (), reason=f"the code of {module or 'the model'} adds it, and no container holds it")
         shelves = {name.rpartition(".")[0] for name, block in tried.items() if block.droppable}
         likely = [block for block in here if block.name.rpartition(".")[0] in shelves]
-        better = [block for block in here if block.reason != NO_STREAM]
-        return next((block for block in here if block.droppable), (likely or better or here)[0])
+        around = [block for block in here if within(self.flow.steps[add[0]].module, block.name)] or here[:-2:-1]
+        return next((block for block in here if block.droppable), (likely or around)[0])
 
     def _shapes(self, paths: Iterable[str]) -> dict[str, Shape | str]:
         """How each child is a block, or why it is none."""

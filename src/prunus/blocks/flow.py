@@ -126,6 +126,9 @@ class Recorder(TorchDispatchMode):
     def left(self, call: Call, output: Any) -> Any:
         """A child ran; what is returned, unless None, replaces its output."""
 
+    def computing(self, step: int, func: Any, args: Any) -> None:
+        """An op is about to run."""
+
     def computed(self, step: int, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
         """An op ran; what is returned replaces its result."""
         return result
@@ -162,8 +165,10 @@ class Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
         numbers = tuple([self.number(t) for t in ins])
-        result = func(*args, **kwargs)
         step = len(self.steps)
+        with self.paused():
+            self.computing(step, func, args)
+        result = func(*args, **kwargs)
         with self.paused():
             result = self.computed(step, func, args, kwargs, result)
         made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]

@@ -88,12 +88,13 @@ class Reading:
     def residual_adds(self) -> Iterator[tuple[int, int]]:
         """The steps that add to a tensor what was computed from it, and which operand that tensor is."""
         steps, active, shapes = self.flow.steps, self.flow.active, self.flow.shapes
+        root = self._roots()
         watched: dict[int, int] = {}
         for step in steps:
             if step.name in ADDS:
                 for number in step.ins:
                     if number in active:
-                        watched.setdefault(number, 1 << len(watched))
+                        watched.setdefault(root.get(number, number), 1 << len(watched))
         near: dict[int, int] = {}  # of which watched tensors a tensor was computed entry by entry,
         far: dict[int, int] = {}  # and of which by an op that mixes entries
         for k, step in enumerate(steps):
@@ -105,13 +106,21 @@ class Reading:
                 for spot in range(1 if step.name != "add" else 2):
                     stream, other = step.ins[spot], step.ins[1 - spot if len(step.ins) == 2 else -1]
                     same = shapes[stream] == shapes[other] == shapes[step.outs[0]]
-                    if same and far.get(other, 0) & watched.get(stream, 0):
+                    if same and far.get(other, 0) & watched.get(root.get(stream, stream), 0):
                         yield k, spot
                         break
             if not (step.pointwise or step.name in MOVES or step.name in NORMS):
                 entries, mixed = 0, entries | mixed
             for number in step.outs:
                 near[number], far[number] = entries, mixed
+
+    def _roots(self) -> dict[int, int]:
+        """The tensor that each moved one (seen in another shape) has its entries from."""
+        root: dict[int, int] = {}
+        for step in self.flow.steps:
+            if step.name in MOVES and step.ins and step.outs:
+                root[step.outs[0]] = root.get(step.ins[0], step.ins[0])
+        return root
 
     def origin(self, number: int) -> str:
         """The module that computed a tensor, before it was scaled, moved or passed on."""

@@ -26,6 +26,7 @@ class Silenced(Recorder):
         self._inner = {shape.path: shape for shape in shapes if isinstance(shape, Inner)}
         self._adds = {step: spot for shape in shapes if isinstance(shape, Outer) for step, spot in shape.adds}
         self._streams: dict[str, list[torch.Tensor]] = {}
+        self._before: dict[int, torch.Tensor] = {}
 
     def entered(self, call: Call, tensors: list[torch.Tensor]) -> None:
         """Keep the stream as it comes."""
@@ -54,13 +55,15 @@ class Silenced(Recorder):
 
     def computed(self, step: int, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
         """Leave out what the code around a block would add."""
-        spot = self._adds.get(step)
-        if spot is None:
+        if step not in self._adds:
             return result
-        if func._schema.is_mutable and spot == 0:
-            raise RuntimeError("the stream is overwritten: what it was is not known any more")
-        stream = args[spot]
-        return result.copy_(stream) if func._schema.is_mutable else stream.clone()
+        stream = self._before.pop(step)
+        return result.copy_(stream) if func._schema.is_mutable else stream
+
+    def computing(self, step: int, func: Any, args: Any) -> None:
+        """Keep the stream: the sum may be written over it."""
+        if step in self._adds:
+            self._before[step] = args[self._adds[step]].clone()
 
 
 class Measured(Recorder):
@@ -73,6 +76,7 @@ class Measured(Recorder):
         self._adds: dict[int, tuple[int, int]] = {}
         self._steps: dict[int, list[tuple[int, int, int, str]]] = {}
         self._streams: dict[str, list[torch.Tensor]] = {}
+        self._before: dict[int, torch.Tensor] = {}
         self._alone: dict[tuple[int, int], torch.Tensor] = {}  # (block, tensor) -> without what the block adds
         self.errors: dict[int, float] = {}  # block -> how far the stream is from its input without what it adds
         self.normed = {k for k, s in enumerate(shapes) if isinstance(s, Inner) and _has_norm(s)}
@@ -97,7 +101,8 @@ class Measured(Recorder):
     def computed(self, step: int, func: Any, args: Any, kwargs: Any, result: Any) -> Any:
         """Follow the stream as it would be if nothing were added."""
         if self._flow is None:
-            self._hand_out(step, func, args, result)
+            if step in self._adds and self._see is not None:
+                self._see(self._adds[step][0], self._before.pop(step), result)
             return result
         name = func.overloadpacket.__name__
         if step >= len(self._flow.steps) or self._flow.steps[step].name != (name.rstrip("_") or name):
@@ -112,11 +117,10 @@ class Measured(Recorder):
             self._alone[k, after] = stream
         return result
 
-    def _hand_out(self, step: int, func: Any, args: Any, result: Any) -> None:
-        if step in self._adds and self._see is not None:
-            k, spot = self._adds[step]
-            if not (func._schema.is_mutable and spot == 0):
-                self._see(k, args[spot], result)
+    def computing(self, step: int, func: Any, args: Any) -> None:
+        """Keep the stream: the sum may be written over it."""
+        if step in self._adds and self._flow is None:
+            self._before[step] = args[self._adds[step][1]].clone()
 
     def left(self, call: Call, output: Any) -> Any:
         """Compare what is left of the stream, and hand it out."""
