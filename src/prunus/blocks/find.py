@@ -56,7 +56,7 @@ class Block:
 
     def __str__(self) -> str:
         if self.reason:
-            return f"{self.name} stays: {self.reason}"
+            return f"{self.name or 'the model'} stays: {self.reason}"
         kind = ", with its norm" if self.post_norm else ""
         return (
             f"{self.name}: {self.macs:,} MACs, {self.params:,} parameters, influence {self.influence:.4f}{kind} "
@@ -158,11 +158,17 @@ class Search:
 
     def _candidates(self, step: int, spot: int) -> list[str]:
         """The children of containers that may go with an add, the smallest first."""
+        here = self.flow.steps[step].module
         found = []
-        for path in (self._branch(step, spot), self.flow.steps[step].module):
+        for path in (self._branch(step, spot), here):
             parts = path.split(".")
             found += [p for k in range(len(parts), 0, -1) if (p := ".".join(parts[:k])) in self.children]
+        found = [p for p in found if within(here, p) or not self._passes_on(p)]
         return sorted(dict.fromkeys(found), key=lambda p: -p.count("."))
+
+    def _passes_on(self, path: str) -> bool:
+        """Whether what goes into a child would come out in its place: it stands in a plain sequence."""
+        return type(self.model.get_submodule(path.rpartition(".")[0])).forward is nn.Sequential.forward
 
     def _level(self, add: tuple[int, int], paths: Sequence[str], tried: Mapping[str, Block]) -> Block:
         """What goes with an add: the smallest block that may go; if none may, the one whose neighbours may."""
@@ -187,8 +193,7 @@ class Search:
                 found[path] = f"it is also {elsewhere[0]}"
                 continue
             shape = inner(self.reading, path)
-            plain = type(self.model.get_submodule(path.rpartition(".")[0])).forward is nn.Sequential.forward
-            added = "" if plain or isinstance(shape, Inner) else outer(self.reading, path)  # input would pass on
+            added = "" if self._passes_on(path) or isinstance(shape, Inner) else outer(self.reading, path)
             found[path] = added if isinstance(added, Outer) else shape if self.flow.calls.get(path) else added or shape
         return found
 
