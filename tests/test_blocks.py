@@ -125,6 +125,27 @@ def test_pairs_of_children_go_together(model_state, states_equal) -> None:
     assert names(blocks) == ["layers.0", "layers.1", "layers.2"] and not reasons(blocks)
 
 
+def test_lists_that_are_run_through_in_step_go_together(model_state, states_equal) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inlet, self.outlet = nn.Linear(8, 16), nn.Linear(16, 3)
+            self.norms = nn.ModuleList(nn.LayerNorm(16) for _ in range(3))
+            self.ups = nn.ModuleList(nn.Linear(16, 24) for _ in range(3))
+            self.downs = nn.ModuleList(nn.Linear(24, 16) for _ in range(3))
+
+        def forward(self, x):
+            x = self.inlet(x)
+            for k in range(len(self.ups)):
+                x = x + self.downs[k](self.ups[k](self.norms[k](x)).relu())
+            return self.outlet(x)
+
+    blocks = check_dropping(Net(), X, model_state, states_equal)
+    assert [block.parts[0] for block in blocks] == ["downs.0", "downs.1", "downs.2"] and not reasons(blocks)
+    assert set(blocks[1].parts) == {"norms.1", "ups.1", "downs.1"}
+    assert blocks[1].params == 16 * 2 + 16 * 24 + 24 + 24 * 16 + 16
+
+
 def test_layer_scale_and_two_branches(model_state, states_equal) -> None:
     class Layer(nn.Module):
         def __init__(self) -> None:
@@ -521,6 +542,41 @@ def test_names_that_count_up_go_on_counting_up() -> None:
     named = nn.Sequential(OrderedDict(a=nn.Linear(8, 16), b=Residual(*branch()), c=nn.Linear(16, 2)))
     prunus.drop_blocks(named, X, blocks=["b"])
     assert list(named._modules) == ["a", "c"]
+
+
+class Config:
+    """Says how many layers there are, in two numbers of which only one counts; the first layer has a bias."""
+
+    def __init__(self) -> None:
+        self.num_hidden_layers, self.block_size, self.layer_kinds = 3, 3, ["a", "b", "c"]
+
+
+class Configured(nn.Module):
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.config = config
+        layers = (Residual(nn.Linear(16, 16, bias=k == 0)) for k in range(config.num_hidden_layers))
+        self.inlet, self.layers = nn.Linear(8, 16), nn.ModuleList(layers)
+
+    def forward(self, x):
+        x = self.inlet(x)
+        for kind, layer in zip(self.config.layer_kinds, self.layers, strict=True):
+            x = layer(x) + (1 if kind == "z" else 0)
+        return x
+
+
+def test_a_number_in_a_configuration_counts_if_it_builds_the_cut_model() -> None:
+    model = Configured(Config()).eval()
+    result = prunus.drop_blocks(model, X, blocks=["layers.1"])
+    config = model.config
+    assert (config.num_hidden_layers, config.block_size, config.layer_kinds) == (2, 3, ["a", "c"])
+    assert not result.plan.notes
+    Configured(config).load_state_dict(model.state_dict())
+    result.undo()
+    assert (config.num_hidden_layers, config.layer_kinds) == (3, ["a", "b", "c"])
+    result = prunus.drop_blocks(model, X, blocks=["layers.0"])  # the new first layer has no bias
+    assert "the configuration cannot say which children of layers are left" in result.plan.notes[0]
+    assert "which children" in str(result)
 
 
 # -- generated networks ----------------------------------------------------------------------------------------------

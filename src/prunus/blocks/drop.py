@@ -145,7 +145,7 @@ def drop_blocks(  # noqa: PLR0913 - each keyword is a choice of the user
     batches = [example_inputs] if data is None else data
     scores = scored(search, choice, importance, batches) if count is not None or target is not None else {}
     chosen = _outermost(_picked(search, choice, scores, count, target))
-    plan = search.planner.plan([block.name for block in chosen])
+    plan = search.planner.plan([part for block in chosen for part in block.parts], final=True)
     wrong = search.prover.wrong([block.shape for block in chosen if block.shape is not None], plan)
     if wrong:
         raise SurgeryError(f"these blocks cannot go together ({', '.join(b.name for b in chosen)}): {wrong}")
@@ -242,7 +242,7 @@ def _picked(
 
 
 def _met(search: Search, blocks: Sequence[Block], target: Target | None) -> bool:
-    plan = search.planner.plan([block.name for block in _outermost(blocks)])
+    plan = search.planner.plan([part for block in _outermost(blocks) for part in block.parts])
     return target is None or target.met_by(plan.before, plan.after)
 
 

@@ -18,7 +18,7 @@ from prunus.blocks.planning import Planner
 from prunus.blocks.proof import Prover
 from prunus.blocks.shape import Inner, Outer, Reading, inner, outer
 from prunus.blocks.silence import Measured, Shape
-from prunus.drops import within
+from prunus.drops import joined, within
 from prunus.errors import InputError
 from prunus.graph import DependencyGraph
 from prunus.tracing import ForwardFn, Inputs
@@ -29,7 +29,7 @@ class Block:
     """A part of a network that adds to a stream.
 
     Args:
-        name: the path of the child of a container that goes with it (or of the module whose code adds, if none can go).
+        name: the path of the child of a container that goes (or of the module whose code adds, if none can go).
         branches: the modules that compute what is added.
         macs: multiply-adds that go with it.
         params: parameters that go with it.
@@ -50,6 +50,11 @@ class Block:
     shape: Shape | None = field(default=None, repr=False, compare=False)
 
     @property
+    def parts(self) -> tuple[str, ...]:
+        """The paths of all children of containers that go with it: one, or one of each of several lists."""
+        return self.shape.paths if self.shape is not None else (self.name,)
+
+    @property
     def droppable(self) -> bool:
         """Whether it can be dropped."""
         return not self.reason
@@ -58,6 +63,7 @@ class Block:
         if self.reason:
             return f"{self.name or 'the model'} stays: {self.reason}"
         kind = ", with its norm" if self.post_norm else ""
+        kind += f", with {', '.join(self.parts[1:])}" if len(self.parts) > 1 else ""
         return (
             f"{self.name}: {self.macs:,} MACs, {self.params:,} parameters, influence {self.influence:.4f}{kind} "
             f"({', '.join(self.branches)})"
@@ -142,6 +148,8 @@ class Search:
                     tried[path] = self._proved(checked[path])
                 if tried[path].droppable:
                     break
+            else:
+                self._try_rows(paths, tried)
         found: dict[str, Block] = {}
         for add, paths in adds.items():
             block = self._level(add, paths, tried)
@@ -165,6 +173,28 @@ class Search:
             found += [p for k in range(len(parts), 0, -1) if (p := ".".join(parts[:k])) in self.children]
         found = [p for p in found if within(here, p) or not self._passes_on(p)]
         return sorted(dict.fromkeys(found), key=lambda p: -p.count("."))
+
+    def _try_rows(self, paths: Sequence[str], tried: dict[str, Block]) -> None:
+        """Lists of one length in one module may be run through in step: what stands at the same place goes together."""
+        for path in paths:
+            container, _, name = path.rpartition(".")
+            owner, _, own = container.rpartition(".")
+            if not own or not isinstance(self.model.get_submodule(container), nn.ModuleList):
+                continue
+            size = len(self.model.get_submodule(container)._modules)
+            lists = [
+                joined(owner, other)
+                for other, child in self.model.get_submodule(owner).named_children()
+                if isinstance(child, nn.ModuleList) and len(child) == size
+            ]
+            rows = sorted((joined(found, name) for found in lists), key=lambda found: found != path)
+            ran = [found for found in rows if found == path or self.reading.inside(found)]
+            shape = outer(self.reading, *ran) if len(ran) > 1 else ""
+            if isinstance(shape, Outer):
+                block = self._proved(Block(path, (), shape=shape))
+                if block.droppable:
+                    tried.update(dict.fromkeys(ran, block))
+                    return
 
     def _passes_on(self, path: str) -> bool:
         """Whether what goes into a child would come out in its place: it stands in a plain sequence."""
@@ -223,7 +253,7 @@ class Search:
         if block.shape is None or block.reason:
             return block
         try:
-            plan = self.planner.plan([block.name])
+            plan = self.planner.plan(block.parts)
         except Exception as error:  # the cost of shared modules is counted by running the model without the block
             return replace(block, reason=f"the model's code does not run without it ({type(error).__name__})")
         reason = self.prover.wrong([block.shape], plan)

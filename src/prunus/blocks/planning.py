@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 from torch import nn
 
@@ -26,8 +27,8 @@ class Planner:
             module = graph.coupling.trace.events[step].module
             self._macs[module] = self._macs.get(module, 0) + macs
 
-    def plan(self, names: Sequence[str]) -> Plan:
-        """The plan that drops the children of containers with these paths."""
+    def plan(self, names: Sequence[str], final: bool = False) -> Plan:
+        """The plan that drops the children of containers with these paths; ``final`` proves counters for just these."""
         settings: list[Setting] = []
         cuts: list[Cut] = []
         notes: list[str] = []
@@ -40,16 +41,18 @@ class Planner:
             keys = list(self.model.get_submodule(container)._modules)
             drop = Drop(container, tuple(k for k in keys if k in gone), renamed(keys, gone))
             counters = self._counters.get(container)
-            if counters is None:
-                counters = self._counters[container] = find_counters(self.model, drop)
+            if counters is None or final:
+                now = find_counters(self.model, drop)
+                counters = replace(counters, rebuilt=False) if counters and now.rebuilt is False else now
+                self._counters.setdefault(container, counters)
             more, lists = followers(self.model, drop, counters)
             settings += more
             cuts += lists
             drops.append(drop)
             if counters.rebuilt is False:
                 notes.append(
-                    f"no number in the configuration is known to count the children of {container}: a model built from "
-                    "it has another number of them; save and load the model as a whole"
+                    f"the configuration cannot say which children of {container} are left: a model that is built from "
+                    "it has others; save and load the model as a whole"
                 )
         before, after = self._footprints(drops, names)
         return Plan((), tuple(settings), before, after, notes=tuple(notes), drops=tuple(drops), cuts=tuple(cuts))

@@ -54,7 +54,7 @@ class Prover:
 
     def _kept(self, shapes: Sequence[Shape], outputs: Sequence[torch.Tensor]) -> list[bool]:
         """Which of the model's outputs are there without the blocks."""
-        steps = {k for shape in shapes for k in self._reading.inside(shape.path)}
+        steps = {k for shape in shapes for path in shape.paths for k in self._reading.inside(path)}
         streams = {s.call.outs[pair.exit] for s in shapes if isinstance(s, Inner) for pair in s.pairs}
         if not shapes:
             return [True] * len(outputs)

@@ -56,13 +56,23 @@ class Inner:
     call: Call
     pairs: tuple[Pair, ...]
 
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The children that go."""
+        return (self.path,)
+
 
 @dataclass(frozen=True)
 class Outer:
-    """A child whose output the code around it adds to a stream; ``adds`` are (step, which operand is the stream)."""
+    """Children whose output the code around adds to a stream; ``adds`` are (step, which operand is the stream)."""
 
-    path: str
+    paths: tuple[str, ...]
     adds: tuple[tuple[int, int], ...]
+
+    @property
+    def path(self) -> str:
+        """The first child that goes."""
+        return self.paths[0]
 
 
 class Reading:
@@ -236,14 +246,15 @@ def _walk(found: _Found, number: int) -> tuple[tuple[int, int, int, str], ...]:
     return tuple(reversed(path))
 
 
-def outer(reading: Reading, path: str) -> Outer | str:
-    """How what a child computes is added to a stream by the code around it, or why it is not."""
+def outer(reading: Reading, *paths: str) -> Outer | str:
+    """How what children compute is added to a stream by the code around them, or why it is not."""
     steps = reading.flow.steps
-    inside = set(reading.inside(path))
+    inside = {k for path in paths for k in reading.inside(path)}
     if not inside:
         return "nothing runs in it"
-    if len(reading.flow.calls.get(path, ())) > 1:
-        return f"it runs {len(reading.flow.calls[path])} times in one pass"
+    often = max(len(reading.flow.calls.get(path, ())) for path in paths)
+    if often > 1:
+        return f"it runs {often} times in one pass"
     made = {n for k in inside for n in steps[k].outs if n in reading.flow.active}
     adds: list[tuple[int, int]] = []
     for k in range(min(inside), len(steps)):
@@ -259,4 +270,4 @@ def outer(reading: Reading, path: str) -> Outer | str:
         if others or not (step.pointwise or step.name in MOVES):
             return f"what it computes is read by {step.module or 'the model'} ({step.name}), not only added to a stream"
         made.update(step.outs)
-    return Outer(path, tuple(adds)) if adds else "what it computes is not added to a stream"
+    return Outer(paths, tuple(adds)) if adds else "what it computes is not added to a stream"

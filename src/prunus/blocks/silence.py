@@ -22,7 +22,7 @@ class Silenced(Recorder):
     def __init__(self, subject: Subject, shapes: Sequence[Shape]) -> None:
         super().__init__(subject)
         self.given: list[list[torch.Tensor]] = []
-        self._within = tuple(shape.path for shape in shapes)
+        self._within = tuple(path for shape in shapes for path in shape.paths)
         self._inner = {shape.path: shape for shape in shapes if isinstance(shape, Inner)}
         self._adds = {step: spot for shape in shapes if isinstance(shape, Outer) for step, spot in shape.adds}
         self._streams: dict[str, list[torch.Tensor]] = {}
