@@ -33,7 +33,7 @@ class DropResult:
     Args:
         plan: what went, as data.
         receipt: what undoes it.
-        blocks: every block that was found, those that stay too.
+        blocks: every block that was looked at, those that stay too.
         scores: the score of each droppable block that was ranked, by name.
     """
 
@@ -137,7 +137,7 @@ def drop_blocks(  # noqa: PLR0913 - each keyword is a choice of the user
     if not callable(importance) and importance not in OWN_SCORES:
         raise InputError(f"drop_blocks: importance={importance!r}; pass a function or one of {', '.join(OWN_SCORES)}")
     search = Search(model, example_inputs, forward_fn, output_transform)
-    found = search.blocks()
+    found = search.blocks(_paths(search, blocks))
     choice = _choice(found, blocks)
     if not choice:
         stay = "\n".join(str(block) for block in found)
@@ -150,6 +150,13 @@ def drop_blocks(  # noqa: PLR0913 - each keyword is a choice of the user
     if wrong:
         raise SurgeryError(f"these blocks cannot go together ({', '.join(b.name for b in chosen)}): {wrong}")
     return DropResult(plan, apply(search.model, plan, optimizer), tuple(found), scores)
+
+
+def _paths(search: Search, asked: Sequence[Block | str] | None) -> frozenset[str] | None:
+    """The children that were asked for, if all of them are known by their paths."""
+    names = [entry.name if isinstance(entry, Block) else entry for entry in asked or ()]
+    known = bool(names) and set(names) <= search.children.keys()
+    return frozenset(names) if known else None
 
 
 def _choice(found: Sequence[Block], asked: Sequence[Block | str] | None) -> list[Block]:

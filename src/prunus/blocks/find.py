@@ -137,9 +137,11 @@ class Search:
         self.planner = Planner(graph, self.subject)
         self.prover = Prover(self.subject, self.flow, self.reading)
 
-    def blocks(self) -> list[Block]:
-        """All of them, each proved or refused."""
+    def blocks(self, asked: frozenset[str] | None = None) -> list[Block]:
+        """All of them (or those with the paths that are asked for), each proved or refused."""
         adds = {add: self._candidates(*add) for add in self.reading.residual_adds()}
+        if asked is not None:
+            adds = {add: paths for add, paths in adds.items() if not asked.isdisjoint(paths)}
         checked = self._checked(self._shapes(path for paths in adds.values() for path in paths))
         tried: dict[str, Block] = {}
         for paths in adds.values():
