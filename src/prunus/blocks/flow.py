@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -100,6 +100,15 @@ def float_leaves(value: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
+def _flat(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an op's arguments, in order."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from _flat(value)
+
+
 class Recorder(TorchDispatchMode):
     """Numbers tensors and notes steps and calls; the same numbers in every run that does the same."""
 
@@ -163,7 +172,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        ins = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        ins = [*_flat(args), *_flat(kwargs.values())] if kwargs else [*_flat(args)]
         numbers = tuple([self.number(t) for t in ins])
         step = len(self.steps)
         with self.paused():
@@ -171,7 +180,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         with self.paused():
             result = self.computed(step, func, args, kwargs, result)
-        made = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor)]
+        made = [*_flat((result,))]
         outs = tuple([self._renumber(t) for t in made])
         kinds = [kind for kind in (self._active, self._kept) if any(n in kind for n in numbers)]
         if kinds:
