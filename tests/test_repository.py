@@ -26,10 +26,10 @@ LEVELS = [
     {"rules"},
     {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"},
     {"coupling"},
-    {"plan"},
-    {"surgery", "handlers", "cost", "calibration", "importance", "functions"},
+    {"drops", "plan"},
+    {"surgery", "containers", "handlers", "cost", "calibration", "importance", "functions"},
     {"selection", "heads", "regularize", "recover", "recipe", "report"},
-    {"group", "graph", "pruner", "pruning", "verification", "utils"},
+    {"group", "graph", "pruner", "pruning", "verification", "blocks", "utils"},
     {"integrations"},
     {"cli", "__main__"},
 ]

@@ -53,6 +53,8 @@ class Row:
     frozen: list[str] = field(default_factory=list)
     unsupported: dict[str, list[str]] = field(default_factory=dict)
     trained_in: str = ""
+    blocks: int | None = None
+    blocks_kept: list[str] = field(default_factory=list)
     forward_s: float | None = None
     graph_s: float | None = None
     in_forward_passes: float | None = None
@@ -71,7 +73,16 @@ def check(name: str, family: str, build: Builder, save: Callable[[dict[str, Any]
     work = _Work(row, build, save)
     start = time.perf_counter()
     try:
-        for stage in (work.build, work.run_dense, work.time_graph, work.verify, work.prune, work.undo, work.train):
+        for stage in (
+            work.build,
+            work.run_dense,
+            work.time_graph,
+            work.verify,
+            work.depth,
+            work.prune,
+            work.undo,
+            work.train,
+        ):
             row.stage = stage.__name__
             save(asdict(row))
             stage()
@@ -194,6 +205,27 @@ class _Work:
             return prunus.verify(model, inputs, net.forward_fn, net.output_transform)
         except Exception:  # not every model runs in double precision; what float32 said then stands
             return None
+
+    def depth(self) -> None:
+        """Whole blocks: the least important one is dropped, which is proved to be silence, counted, and undone."""
+        row, net = self.row, self.net
+        how = {"forward_fn": net.forward_fn, "output_transform": net.output_transform}
+        with self._reporting():
+            found = prunus.find_blocks(net.model, net.inputs, **how)
+            row.blocks = sum(block.droppable for block in found)
+            row.blocks_kept = [str(block) for block in found if not block.droppable]
+            if row.blocks:
+                names = [block.name for block in sorted(found, key=lambda b: b.influence) if block.droppable]
+                result = prunus.drop_blocks(net.model, net.inputs, blocks=names[:1], **how)
+                cost = count(net.model, net.inputs, net.forward_fn)
+                said, counted = (result.after.macs, result.after.params), (cost.macs, cost.params)
+                if said != counted:
+                    self.problem(f"without {names[0]} the plan says {said} MACs and parameters, counted are {counted}")
+                result.undo()
+                with torch.no_grad():
+                    if not all(_equal(a, b) for a, b in zip(self.dense, self.outputs(net), strict=True)):
+                        self.problem(f"after undoing {names[0]} the outputs are not those of the dense network")
+        self._unchanged("dropping blocks")
 
     def prune(self) -> None:
         """Half of every group goes: outputs keep their shapes, and the cost is what the plan said."""

@@ -6,6 +6,7 @@ that users of structured pruning know, so that ``import prunus as tp`` runs the 
 
 from prunus import cost, functions, importance, pruner, utils
 from prunus._version import __version__
+from prunus.blocks import Block, DropResult, drop_blocks, find_blocks
 from prunus.calibration import Calibration, calibrate
 from prunus.errors import InputError, NothingToPruneError, PrunusError, SurgeryError, TargetError
 from prunus.functions import *  # noqa: F403 - the prune_* family; functions.__all__ is the list
@@ -21,9 +22,11 @@ from prunus.surgery import Receipt, apply
 from prunus.verification import VerifyReport, verify
 
 __all__ = [
+    "Block",
     "Calibration",
     "Dependency",
     "DependencyGraph",
+    "DropResult",
     "Fact",
     "Group",
     "InputError",
@@ -40,6 +43,8 @@ __all__ = [
     "apply",
     "calibrate",
     "cost",
+    "drop_blocks",
+    "find_blocks",
     "freeze",
     "functions",
     "importance",

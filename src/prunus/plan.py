@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.coupling import Coupling
+from prunus.drops import Cut, Drop, cuts_then, drops_then, earlier_name, read_drops
 from prunus.errors import InputError, SurgeryError
 from prunus.held import Held
 from prunus.labels import Ids, surviving
@@ -100,9 +101,11 @@ class Plan:
     pruners: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)  # of customised layers
     scalings: tuple[Scaling, ...] = field(default=())
     notes: tuple[str, ...] = field(default=())  # what could not be made up for, and why
+    drops: tuple[Drop, ...] = field(default=())  # done last: all names are those from before
+    cuts: tuple[Cut, ...] = field(default=())
 
     def __len__(self) -> int:
-        return len(self.removals)
+        return len(self.removals) + len(self.drops)
 
     def __str__(self) -> str:
         lines = [
@@ -112,7 +115,7 @@ class Plan:
         lines += [f"  {r.tensor} dim {r.dim}: {r.size} -> {r.size - len(r.positions)}" for r in self.removals]
         lines += [f"  {s.attribute} = {s.value}" for s in self.settings]
         lines += [f"  {s.tensor} dim {s.dim}: {len(s.positions)} times {s.factor:.4g}" for s in self.scalings]
-        lines += [f"  {note}" for note in self.notes]
+        lines += [f"  {text}" for text in (*self.drops, *self.cuts, *self.notes)]
         return "\n".join(lines)
 
     def apply(self, model: Any, optimizer: Any = None, customized_pruners: Mapping[Any, Any] | None = None) -> Receipt:
@@ -123,6 +126,7 @@ class Plan:
 
     def then(self, later: Plan) -> Plan:
         """One plan that does this one and then ``later``."""
+        later = _named_before(self.drops, later)
         first = {(r.tensor, r.dim): r for r in self.removals}
         merged = dict(first)
         for r in later.removals:
@@ -151,6 +155,8 @@ class Plan:
             pruners,
             scalings,
             notes,
+            drops_then(self.drops, later.drops),
+            cuts_then(self.cuts, later.cuts),
         )
 
     def to_json(self) -> str:
@@ -170,6 +176,7 @@ class Plan:
             data = json.loads(text)
             if data.pop("format") != FORMAT:
                 raise ValueError("another format version")
+            drops, cuts = read_drops(data)
             return cls(
                 tuple(Removal(r["tensor"], r["dim"], r["size"], tuple(r["positions"])) for r in data["removals"]),
                 tuple(Setting(**s) for s in data["settings"]),
@@ -180,6 +187,8 @@ class Plan:
                     Scaling(s["tensor"], s["dim"], tuple(s["positions"]), s["factor"]) for s in data.get("scalings", ())
                 ),
                 notes=tuple(data.get("notes", ())),
+                drops=drops,
+                cuts=cuts,
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"this is not a plan (format {FORMAT}) as Plan.to_json writes it: {error!r}") from error
@@ -192,6 +201,25 @@ class Plan:
     def load(cls, path: str | Path) -> Plan:
         """Read a plan that :meth:`save` wrote."""
         return cls.from_json(Path(path).read_text(encoding="utf-8"))
+
+
+def _named_before(drops: Sequence[Drop], plan: Plan) -> Plan:
+    """The plan by the names that modules had before ``drops`` (its own drops are merged later)."""
+    if not drops:
+        return plan
+
+    def back(name: str) -> str:
+        return earlier_name(drops, name) if name else name
+
+    return replace(
+        plan,
+        removals=tuple(replace(r, tensor=back(r.tensor)) for r in plan.removals),
+        settings=tuple(replace(s, path=back(s.path)) for s in plan.settings),
+        mirrors=tuple(replace(m, path=back(m.path), tensor=back(m.tensor)) for m in plan.mirrors),
+        scalings=tuple(replace(s, tensor=back(s.tensor)) for s in plan.scalings),
+        pruners={back(path): pruner for path, pruner in plan.pruners.items()},
+        cuts=tuple(replace(c, path=back(c.path)) for c in plan.cuts),
+    )
 
 
 def _earlier(scaling: Scaling, removal: Removal | None) -> Scaling:

@@ -20,6 +20,7 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from prunus.containers import container_swaps
 from prunus.errors import SurgeryError
 from prunus.handlers import layer_cuts, tensor_removals
 from prunus.held import layer_of
@@ -76,6 +77,7 @@ def apply(
     receipt = Receipt(plan)
     changes = _prepare(model, plan, optimizer)
     changes += [Change(cut.do, cut.undo) for cut in layer_cuts(model, plan, customized_pruners or {}, optimizer)]
+    drops = [Change(swap.do, swap.undo) for swap in container_swaps(model, plan, optimizer)]
     try:
         for change in changes:
             change.do()
@@ -84,6 +86,9 @@ def apply(
             for change in follow(model, plan):
                 change.do()
                 receipt.changes.append(change)
+        for change in drops:  # last: until then every module has the name that the plan knows
+            change.do()
+            receipt.changes.append(change)
     except BaseException as error:
         receipt.undo()
         if isinstance(error, Exception) and not isinstance(error, SurgeryError):
