@@ -29,7 +29,7 @@ LEVELS = [
     {"plan"},
     {"surgery", "handlers", "cost", "importance", "functions"},
     {"selection", "heads", "regularize", "recover", "recipe", "report"},
-    {"group", "graph", "pruner", "pruning", "verification", "utils"},
+    {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "utils"},
     {"integrations"},
     {"cli", "__main__"},
 ]

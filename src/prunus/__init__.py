@@ -4,7 +4,7 @@
 that users of structured pruning know, so that ``import prunus as tp`` runs the scripts they have.
 """
 
-from prunus import cost, functions, importance, pruner, utils
+from prunus import cost, functions, importance, pruner, regularize, utils
 from prunus._version import __version__
 from prunus.errors import InputError, NothingToPruneError, PrunusError, SurgeryError, TargetError
 from prunus.functions import *  # noqa: F403 - the prune_* family; functions.__all__ is the list
@@ -16,6 +16,7 @@ from prunus.pruning import PruneResult, prune
 from prunus.rules import remove_rule, rule
 from prunus.selection import Target
 from prunus.sizes import Fact
+from prunus.soft import SoftPruning, soft_prune
 from prunus.surgery import Receipt, apply
 from prunus.verification import VerifyReport, verify
 
@@ -30,6 +31,7 @@ __all__ = [
     "PruneResult",
     "PrunusError",
     "Receipt",
+    "SoftPruning",
     "SurgeryError",
     "Target",
     "TargetError",
@@ -42,8 +44,10 @@ __all__ = [
     "importance",
     "prune",
     "pruner",
+    "regularize",
     "remove_rule",
     "rule",
+    "soft_prune",
     "utils",
     "verify",
 ]

@@ -6,7 +6,7 @@ A thin face over the engine: the graph holds what tracing and coupling found and
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +30,7 @@ from prunus.functions import (
 )
 from prunus.group import Dependency, Group, GroupItem, Side, Sides, find_sides
 from prunus.hints import apply_hints, chosen_layers
+from prunus.history import replay
 from prunus.importance import current_positions
 from prunus.labels import Ids
 from prunus.plan import Alive, Plan, everything_alive, make_plan
@@ -336,7 +337,9 @@ class DependencyGraph:
         return make_plan(self.coupling, self.alive, units, self.facts)
 
     def _prune(self, units: Ids, record_history: bool = True, optimizer: Any = None) -> Receipt:
-        plan, after = self._plan(units)
+        return self._apply(*self._plan(units), record_history, optimizer)
+
+    def _apply(self, plan: Plan, after: Alive, record_history: bool = True, optimizer: Any = None) -> Receipt:
         before = self.alive
         receipt = apply(self.model, plan, optimizer)
         self._alive = after
@@ -352,6 +355,18 @@ class DependencyGraph:
     def pruning_history(self) -> list[Plan]:
         """The plans that were applied, in order."""
         return list(self._history)
+
+    def load_pruning_history(self, history: Iterable[Any]) -> None:
+        """Cut as before, all or nothing.
+
+        Args:
+            history: what :meth:`pruning_history` gave, JSON texts of it, or triples ``[layer, is output, positions]``.
+
+        Raises:
+            InputError: an entry cannot be read; nothing was changed.
+            SurgeryError: an entry does not fit; the model is as it was.
+        """
+        replay(self, history)
 
     def get_out_channels(self, module: Any) -> int:
         """The present width of what a layer makes."""

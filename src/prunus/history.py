@@ -1,0 +1,129 @@
+"""What was cut before, as data: plans, or the triples (layer, whether outputs, positions) that others write."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from prunus.coupling import Coupling
+from prunus.errors import InputError, SurgeryError
+from prunus.functions import functions_for, prune_parameter_in_channels, prune_parameter_out_channels
+from prunus.held import Held
+from prunus.plan import Alive, Plan
+from prunus.surgery import Receipt
+
+if TYPE_CHECKING:
+    from prunus.graph import DependencyGraph
+
+Cut = tuple[str, bool, list[int]]
+
+
+def read_history(history: Iterable[Any]) -> list[Plan | Cut]:
+    """The entries of a history: plans, their JSON, or triples ``[layer name, is output, positions]``.
+
+    Raises:
+        InputError: an entry is none of these.
+    """
+    if isinstance(history, (Plan, str, Mapping)) or not isinstance(history, Iterable):
+        raise InputError(f"a history is a list, as pruning_history() gives it, not a {type(history).__name__}")
+    return [_entry(entry) for entry in history]
+
+
+def _entry(entry: Any) -> Plan | Cut:
+    if isinstance(entry, Plan):
+        return entry
+    if isinstance(entry, str):
+        return Plan.from_json(entry)
+    if isinstance(entry, Sequence) and len(entry) == 3 and isinstance(entry[0], str):
+        return entry[0], bool(entry[1]), [int(i) for i in entry[2]]
+    raise InputError(
+        f"the history holds {str(entry)[:60]!r}; it may hold plans, their JSON, or [layer name, is output, positions]"
+    )
+
+
+def replay(graph: DependencyGraph, history: Iterable[Any]) -> None:
+    """Cut the model of a graph as a history says, all or nothing.
+
+    Raises:
+        InputError: an entry cannot be read; nothing was changed.
+        SurgeryError: an entry does not fit; the model is as it was.
+    """
+    receipts: list[Receipt] = []
+    try:
+        for entry in read_history(history):
+            if isinstance(entry, Plan):
+                receipts.append(graph._apply(entry, alive_after(graph.coupling, graph.alive, entry)))
+            else:
+                receipts.append(_replay(graph, *entry))
+    except BaseException:
+        for receipt in reversed(receipts):
+            receipt.undo()
+        raise
+
+
+def _replay(graph: DependencyGraph, name: str, out: bool, positions: list[int]) -> Receipt:
+    layers = dict((*graph.model.named_parameters(remove_duplicate=False), *graph.model.named_modules()))
+    if name not in layers:
+        raise InputError(f"the history cuts {name}, which is not in the model")
+    pair = functions_for(layers[name]) or (prune_parameter_out_channels, prune_parameter_in_channels)
+    return graph.get_pruning_group(layers[name], pair[0 if out else 1], positions).prune()
+
+
+def alive_after(coupling: Coupling, alive: Alive, plan: Plan) -> Alive:
+    """The atoms that are left when a plan, which was applied to the model, is taken into account.
+
+    Raises:
+        SurgeryError: the plan does not fit the graph.
+    """
+    named: dict[str, Held] = {place.full: held for held in coupling.trace.held for place in held.places}
+    after = alive.copy()
+    for removal in plan.removals:
+        held = named.get(removal.tensor)
+        if held is None or removal.dim >= len(held.shape):
+            raise SurgeryError(f"the graph has no {removal.tensor} dim {removal.dim}: the plan is for another model")
+        start = held.starts[removal.dim]
+        here = start + np.flatnonzero(alive[start : start + held.shape[removal.dim]]) if start >= 0 else _NONE
+        if len(here) != removal.size:
+            raise SurgeryError(
+                f"{removal.tensor} dim {removal.dim} has {len(here)} positions in the graph, the plan needs "
+                f"{removal.size}: build the graph on the model that the history begins with"
+            )
+        after[here[list(removal.positions)]] = False
+    return _follow(coupling, alive, after)
+
+
+def _follow(coupling: Coupling, alive: Alive, after: Alive) -> Alive:
+    """Units that have no position left in any tensor are gone, with all their atoms; rows (heads) first."""
+    kept = np.zeros(coupling.trace.ledger.size, dtype=bool)
+    for held in coupling.trace.held:
+        for start, size in zip(held.starts, held.shape, strict=True):
+            if start >= 0:
+                kept[start : start + size] = True
+    units, pieces = coupling.units, coupling.pieces
+    before = coupling.alive_units(alive)
+    gone = []
+    for fine, taken in units.takes.items():
+        atoms = np.concatenate([pieces.start[p] + np.arange(pieces.length[p]) for p in taken.tolist()])
+        atoms = atoms[kept[atoms] & alive[atoms]]
+        unit = int(units.base[fine])
+        if before[unit] and atoms.size and not after[atoms].any():
+            gone.append(unit)
+    real = np.flatnonzero(kept & alive)
+    own = np.zeros(units.total, dtype=bool)
+    own[coupling.unit_of_atom[real]] = True
+    left = np.zeros(units.total, dtype=bool)
+    left[coupling.unit_of_atom[real[after[real]]]] = True
+    dead = np.union1d(np.flatnonzero(own & ~left & before), np.array(gone, dtype=np.int64))
+    final = after.copy()
+    if dead.size:
+        final[coupling.atoms_of(dead)] = False
+    if not np.array_equal(final & kept, after & kept):
+        raise SurgeryError("the plan takes a part of what must go together: it was made for another model")
+    return final
+
+
+_NONE = np.empty(0, dtype=np.int64)
+
+__all__ = ["Cut", "alive_after", "read_history", "replay"]
