@@ -4,7 +4,6 @@ from prunus import functions as function
 from prunus import importance
 from prunus.functions import *  # noqa: F403 - old scripts look for the prune_* family here
 from prunus.pruner import schedules as scheduler
-from prunus.pruner.steps import BasePruner
 from prunus.pruner.named import BNScalePruner, GroupNormPruner, GrowingRegPruner, MagnitudePruner, MetaPruner
 from prunus.pruner.schedules import (
     Schedule,
@@ -15,6 +14,7 @@ from prunus.pruner.schedules import (
 )
 from prunus.pruner.scopes import HeadShares
 from prunus.pruner.scoring import Criterion, score_offer, score_with
+from prunus.pruner.steps import BasePruner
 
 __all__ = [
     "BNScalePruner",

@@ -10,8 +10,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from prunus.pruner.steps import BasePruner
 from prunus.pruner.scoring import Criterion
+from prunus.pruner.steps import BasePruner
 from prunus.regularize import GroupLasso, GrowingL2, Regularizer, ScaleL1
 from prunus.tracing import Inputs
 
