@@ -116,9 +116,8 @@ def _follow(coupling: Coupling, alive: Alive, after: Alive) -> Alive:
     left = np.zeros(units.total, dtype=bool)
     left[coupling.unit_of_atom[real[after[real]]]] = True
     dead = np.union1d(np.flatnonzero(own & ~left & before), np.array(gone, dtype=np.int64))
-    final = after.copy()
-    if dead.size:
-        final[coupling.atoms_of(dead)] = False
+    final = alive.copy()
+    final[coupling.atoms_of(dead)] = False
     if not np.array_equal(final & kept, after & kept):
         raise SurgeryError("the plan takes a part of what must go together: it was made for another model")
     return final

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import gcd, lcm
+from math import ceil, gcd, lcm
 
 import numpy as np
 import torch
@@ -167,9 +167,9 @@ class Policy:
     def floor(self, family: Family, share: float) -> int:
         """How many bundles stay when ``share`` of them goes; one, or as many as the model needs, always stays."""
         own = self.cap_of(family) if self.cap_of is not None else None
-        share = min(share, self.cap if own is None else own)
+        capped = ceil(family.count * (1 - (self.cap if own is None else own)) - 1e-9)
         least = max(family.least, self.least_of(family) if self.least_of is not None else 1)
-        return min(family.count, max(least, int(family.count * (1 - share) + 1e-9)))
+        return min(family.count, max(least, capped, int(family.count * (1 - share) + 1e-9)))
 
 
 def choose(rankings: Sequence[Ranking], policy: Policy) -> Ids:

@@ -9,9 +9,10 @@ scores see the full model.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +22,26 @@ from prunus.errors import InputError, SurgeryError
 from prunus.held import CHANNELS
 from prunus.labels import Ids
 from prunus.plan import Plan
-from prunus.sizes import attribute_home
 from prunus.surgery import apply
 
 _SIZES = (int, tuple, list)
+
+
+class Spot(NamedTuple):
+    """Where something hangs: ``owner`` (a module or its configuration), its dictionary ("" its own), and the key.
+
+    Owners are kept rather than dictionaries, so that a deep copy of a masked model has a mask of its own.
+    """
+
+    owner: Any
+    fields: str
+    key: str
+
+    @property
+    def home(self) -> dict[str, Any]:
+        """The dictionary."""
+        own = vars(self.owner)
+        return own[self.fields] if self.fields else own
 
 
 @dataclass(frozen=True)
@@ -32,7 +49,7 @@ class Narrowing:
     """One tensor by all its names, what stays along each dim, and the factors that positions are multiplied by."""
 
     name: str
-    places: tuple[tuple[dict[str, Any], str], ...]
+    places: tuple[Spot, ...]
     shape: tuple[int, ...]
     keep: Mapping[int, torch.Tensor]
     factors: Mapping[int, torch.Tensor]
@@ -58,6 +75,9 @@ class Narrowing:
             kept = self.keep.get(dim, torch.arange(size)).to(tensor.device)
             index.append(kept.view([-1 if d == dim else 1 for d in range(tensor.dim())]))
         with torch.no_grad():
+            for dim, factor in self.factors.items():
+                kept = factor[self.keep.get(dim, torch.arange(len(factor)))].to(values.device, values.dtype)
+                values = values / kept.view([-1 if d == dim else 1 for d in range(values.dim())])
             tensor[tuple(index)] = values.to(tensor.dtype)
 
 
@@ -79,8 +99,8 @@ class SoftPruning:
             )
         self._attributes = _sizes_after(model, plan)
         self._narrowings = _narrowings(model, plan)
-        self._undo: list[tuple[dict[str, Any], str, Any]] = []
-        self._written: list[tuple[Narrowing, torch.Tensor, torch.Tensor, int]] = []
+        self._undo: list[tuple[Spot, Any]] = []
+        self._buffers: list[tuple[Narrowing, torch.Tensor]] = []
         self._depth = 0
         self._handles = [
             model.register_forward_pre_hook(self._before, prepend=True),
@@ -122,44 +142,42 @@ class SoftPruning:
         try:
             for narrowing in self._narrowings:
                 self._narrow(narrowing)
-            for fields, key, value in self._attributes:
-                self._set(fields, key, value)
+            for spot, value in self._attributes:
+                self._set(spot, value)
             for module in self.model.modules():
                 if isinstance(module, nn.RNNBase):  # it keeps a list of its weights
                     weights = [module._parameters[name] for name in module._flat_weights_names]
-                    self._set(module.__dict__, "_flat_weights", weights)
+                    self._set(Spot(module, "", "_flat_weights"), weights)
         except BaseException:
             self._leave()
             raise
 
     def _narrow(self, narrowing: Narrowing) -> None:
-        full = narrowing.places[0][0][narrowing.places[0][1]]
-        if isinstance(full, nn.Parameter):
+        first = narrowing.places[0]
+        full = first.home[first.key]
+        with nullcontext() if isinstance(full, nn.Parameter) else torch.no_grad():
             cut = narrowing.cut(full)
-        else:
-            with torch.no_grad():
-                cut = narrowing.cut(full)
-            self._written.append((narrowing, full, cut, cut._version))
-        for fields, key in narrowing.places:
-            self._set(fields, key, cut)
+        if not isinstance(full, nn.Parameter):
+            self._buffers.append((narrowing, full))
+        for spot in narrowing.places:
+            self._set(spot, cut)
 
-    def _set(self, fields: dict[str, Any], key: str, value: Any) -> None:
-        self._undo.append((fields, key, fields[key]))
-        fields[key] = value
+    def _set(self, spot: Spot, value: Any) -> None:
+        home = spot.home
+        self._undo.append((spot, home[spot.key]))
+        home[spot.key] = value
 
     def _leave(self) -> None:
         self._depth = max(0, self._depth - 1)
         if self._depth:
             return
-        for narrowing, full, cut, version in self._written:
-            fields, key = narrowing.places[0]
-            now = fields[key]
-            if now is not cut or cut._version != version:
-                narrowing.write_back(full, now)
-        self._written.clear()
+        for narrowing, full in self._buffers:  # kernels write statistics without a trace: take them all
+            first = narrowing.places[0]
+            narrowing.write_back(full, first.home[first.key])
+        self._buffers.clear()
         while self._undo:
-            fields, key, value = self._undo.pop()
-            fields[key] = value
+            spot, value = self._undo.pop()
+            spot.home[spot.key] = value
 
 
 def soft_prune(model: nn.Module, plan: Plan) -> SoftPruning:
@@ -194,20 +212,24 @@ def _owner(hook: Any) -> Any:
     return getattr(hook, "__self__", None)
 
 
-def _sizes_after(model: nn.Module, plan: Plan) -> list[tuple[dict[str, Any], str, Any]]:
+def _sizes_after(model: nn.Module, plan: Plan) -> list[tuple[Spot, Any]]:
     """The attributes that the plan changes and their values then, found by applying it and taking it back."""
-    homes = [m.__dict__ for m in model.modules()]
-    homes += [attribute_home(model, setting.attribute)[0] for setting in plan.settings]
-    own = list({id(home): home for home in homes}.values())
-    before = [{k: v for k, v in home.items() if isinstance(v, _SIZES)} for home in own]
+    owners: list[Any] = list(model.modules())
+    for setting in plan.settings:
+        try:
+            owners.append(reduce(getattr, setting.name.split(".")[:-1], model.get_submodule(setting.path)))
+        except AttributeError as error:
+            raise SurgeryError(f"the model has no {setting.attribute}: the plan was made for another model") from error
+    own = list({id(owner): owner for owner in owners}.values())
+    before = [{k: v for k, v in vars(owner).items() if isinstance(v, _SIZES)} for owner in own]
     receipt = apply(model, plan)
     try:
-        after = [{k: home[k] for k in values} for home, values in zip(own, before, strict=True)]
+        after = [{k: vars(owner)[k] for k in values} for owner, values in zip(own, before, strict=True)]
     finally:
         receipt.undo()
     return [
-        (home, key, new[key])
-        for home, old, new in zip(own, before, after, strict=True)
+        (Spot(owner, "", key), new[key])
+        for owner, old, new in zip(own, before, after, strict=True)
         for key in old
         if new[key] is not old[key] and key != "_flat_weights"
     ]
@@ -239,13 +261,13 @@ def _narrowings(model: nn.Module, plan: Plan) -> list[Narrowing]:
     return found
 
 
-def _places(model: nn.Module) -> dict[Any, list[tuple[dict[str, Any], str]]]:
-    found: dict[Any, list[tuple[dict[str, Any], str]]] = {}
+def _places(model: nn.Module) -> dict[Any, list[Spot]]:
+    found: dict[Any, list[Spot]] = {}
     for module in model.modules():
-        for fields in (module._parameters, module._buffers, module.__dict__):
-            for key, tensor in fields.items():
+        for fields in ("_parameters", "_buffers", ""):
+            for key, tensor in (vars(module)[fields] if fields else vars(module)).items():
                 if isinstance(tensor, torch.Tensor):
-                    found.setdefault(_memory(tensor), []).append((fields, key))
+                    found.setdefault(_memory(tensor), []).append(Spot(module, fields, key))
     return found
 
 

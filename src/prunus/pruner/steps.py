@@ -17,7 +17,15 @@ from prunus.errors import InputError, NothingToPruneError
 from prunus.functions import PruningFn
 from prunus.graph import ROOT_TYPES, DependencyGraph
 from prunus.group import Group
-from prunus.heads import Offer, count_rows, offer, positions_to_go, rows_to_go
+from prunus.heads import (
+    Offer,
+    choose_positions,
+    choose_rows,
+    count_rows,
+    offer,
+    positions_to_go,
+    rows_to_go,
+)
 from prunus.importance import MagnitudeImportance
 from prunus.labels import Ids
 from prunus.plan import Plan
@@ -203,14 +211,14 @@ class BasePruner:
                 later takes into account what was cut before.
             optimizer: an optimiser over the model's parameters, whose state is cut too.
         """
-        self.current_step += 1
         if interactive:
+            self.current_step += 1
             return self._next_groups()
-        rows, others = self._chosen(self.current_step)
-        units = np.concatenate([np.empty(0, dtype=np.int64), *rows, *others])
+        units = self._units(self.current_step + 1)
         if units.size:
             self.DG._prune(units, optimizer=optimizer)
             self._count_heads()
+        self.current_step += 1
         if self.current_step == self.iterative_steps and not self.DG._history:
             warnings.warn(
                 "no step removed anything: every share is smaller than what can go at once, or the criterion left all "
@@ -221,8 +229,7 @@ class BasePruner:
 
     def soft_step(self) -> SoftPruning:
         """What the next :meth:`step` would remove, as a mask that can be lifted; see :func:`prunus.soft_prune`."""
-        rows, others = self._chosen(self.current_step + 1)
-        units = np.concatenate([np.empty(0, dtype=np.int64), *rows, *others])
+        units = self._units(self.current_step + 1)
         return SoftPruning(self.model, self.DG._plan(units)[0])
 
     def reset(self) -> None:
@@ -237,13 +244,12 @@ class BasePruner:
         families = tuple(f for f in found.families if not np.isnan(scores[f.units]).all())
         return replace(found, rows=rows, families=families), of_rows, scores
 
-    def _chosen(self, step: int) -> tuple[list[Ids], list[Ids]]:
-        """The units of each family that go in a step: whole rows, and then positions of what is left."""
+    def _units(self, step: int) -> Ids:
+        """The units that go in a step: whole rows, and then positions of what is left."""
         found, of_rows, scores = self._scored()
         policy = self._wishes.policy(self._rules, step)
-        rows = rows_to_go(found, of_rows, self.DG.alive, policy)
-        gone = np.concatenate([np.empty(0, dtype=np.int64), *rows])
-        return rows, positions_to_go(found, scores, self.DG.alive, policy, gone)
+        gone = choose_rows(found, of_rows, self.DG.alive, policy)
+        return np.concatenate((gone, choose_positions(found, scores, self.DG.alive, policy, gone)))
 
     def _next_groups(self) -> Iterator[Group]:
         """Whole heads first; then what goes from those that are left once the caller has dealt with them."""
