@@ -30,6 +30,7 @@ LEVELS = [
     {"surgery", "handlers", "cost", "importance", "functions"},
     {"selection", "heads", "regularize", "recover", "recipe", "report"},
     {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "utils"},
+    {"ops", "dependency", "serialization"},
     {"integrations"},
     {"cli", "__main__"},
 ]
