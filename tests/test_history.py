@@ -7,19 +7,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torchvision
 from torch import nn
 
 import prunus as tp
-
-torchvision = pytest.importorskip("torchvision")
-timm = pytest.importorskip("timm")
 
 IMAGE = torch.zeros(1, 3, 32, 32)
 
 
 def vit() -> Any:
     torch.manual_seed(0)
-    return timm.create_model("vit_tiny_patch16_224", img_size=32, depth=2)
+    return torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 96, num_classes=10)
 
 
 def resnet() -> Any:
@@ -29,7 +27,7 @@ def resnet() -> Any:
 
 CASES: dict[str, tuple[Any, dict[str, Any]]] = {
     "channels": (resnet, {"pruning_ratio": 0.4}),
-    "heads and their dims": (vit, {"pruning_ratio": 0.4, "prune_num_heads": True, "ignored_layers": ["head"]}),
+    "heads and their dims": (vit, {"pruning_ratio": 0.4, "prune_num_heads": True, "ignored_layers": ["heads"]}),
     "whole heads": (vit, {"pruning_ratio": 0.4, "prune_num_heads": True, "prune_head_dims": False}),
 }
 

@@ -8,11 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 from torch import Tensor, nn
 
 import prunus as tp
-
-torchvision = pytest.importorskip("torchvision")
 
 
 class Attention(nn.Module):

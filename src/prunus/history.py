@@ -6,18 +6,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from prunus.coupling import Coupling
 from prunus.errors import InputError, SurgeryError
 from prunus.functions import functions_for, prune_parameter_in_channels, prune_parameter_out_channels
 from prunus.held import Held
-from prunus.plan import Alive, Plan
+from prunus.plan import Alive, Footprint, Mirror, Plan, Removal, Scaling, Setting
 from prunus.surgery import Receipt
 
 if TYPE_CHECKING:
     from prunus.graph import DependencyGraph
 
 Cut = tuple[str, bool, list[int]]
+
+# plans are plain data: a history that was saved with torch.save loads with torch.load as it is
+torch.serialization.add_safe_globals([Plan, Footprint, Removal, Setting, Mirror, Scaling])
 
 
 def read_history(history: Iterable[Any]) -> list[Plan | Cut]:
