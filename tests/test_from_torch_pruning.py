@@ -524,3 +524,22 @@ class TestExamplesAndTests:
         for draw in (tp.utils.draw_groups, tp.utils.draw_dependency_graph, tp.utils.draw_computational_graph):
             draw(DG, save_as=tmp_path / f"{draw.__name__}.png", figsize=(2, 2), dpi=30)
             assert (tmp_path / f"{draw.__name__}.png").stat().st_size > 500
+
+
+def test_the_page_about_the_change_runs() -> None:
+    page = Path(__file__).parent.parent / "docs" / "coming-from-torch-pruning.md"
+    blocks = page.read_text(encoding="utf-8").split("```python\n")[1:]
+    names: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block.partition("```")[0], page.name, "exec"), names)
+    assert len(blocks) == 3 and names["mask"].lifted
+
+
+def test_the_page_about_the_change_names_every_public_name() -> None:
+    """Every public name of the pruners' part stands on the page."""
+    page = (Path(__file__).parent.parent / "docs" / "coming-from-torch-pruning.md").read_text(encoding="utf-8")
+    words = set(page.replace("`", " ").replace(".", " ").replace("(", " ").replace(",", " ").split())
+    names = {path.rpartition(".")[2] for path in SIGNATURES} | {name for name, _ in BASE}
+    free = {"global_pruning", "before_pruning", "after_pruning", "pruning_ratio", "iterative_steps", "ignored_layers",
+            "customized_pruners", "root_module_types", "forward_fn", "output_transform"}  # fmt: skip
+    assert names - free <= words, names - free - words

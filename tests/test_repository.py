@@ -29,8 +29,8 @@ LEVELS = [
     {"plan"},
     {"surgery", "handlers", "cost", "importance", "functions"},
     {"selection", "heads", "regularize", "recover", "recipe", "report"},
-    {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "utils"},
-    {"ops", "dependency", "serialization"},
+    {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "utils"}
+    | {"ops", "dependency", "serialization"},
     {"integrations"},
     {"cli", "__main__"},
 ]

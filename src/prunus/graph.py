@@ -28,7 +28,7 @@ from prunus.functions import (
     prune_parameter_in_channels,
     prune_parameter_out_channels,
 )
-from prunus.group import Dependency, Group, GroupItem, Side, Sides, find_sides
+from prunus.group import Dependency, Group, GroupItem, Node, Side, Sides, find_sides
 from prunus.hints import apply_hints, chosen_layers
 from prunus.history import replay
 from prunus.importance import current_positions
@@ -189,6 +189,11 @@ class DependencyGraph:
         if self._sides is None:
             self._sides = find_sides(self.coupling, self._only)
         return self._sides
+
+    @property
+    def module2node(self) -> dict[Any, Node]:
+        """The layers that the graph sees, each with its node."""
+        return {side.node.module: side.node for side in self.sides.ordered}
 
     def sides_of(self, units: Ids, coupling: Coupling | None = None) -> list[Side]:
         """The sides of layers that ``units`` cut, in the order in which the model uses them."""

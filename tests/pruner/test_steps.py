@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -164,6 +165,16 @@ class TestShares:
         assert {m.embed_dim for m in model.modules() if isinstance(m, nn.MultiheadAttention)} == {64}
         assert model(IMAGE).shape == (1, 10)
 
+    def test_heads_alone(self) -> None:
+        """Nothing else goes with a share of 0, and heads have their own."""
+        model = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 96, num_classes=10)
+        pruner = pruner_of(model, pruning_ratio=0.0, prune_num_heads=True, head_pruning_ratio=0.5)
+        pruner.step()
+        attention = model.encoder.layers[0].self_attention
+        assert (attention.num_heads, attention.head_dim, attention.embed_dim) == (2, 16, 32)
+        assert model.encoder.layers[0].mlp[0].out_features == 96
+        assert pruner.get_target_head_pruning_ratio(attention) == 0.5
+
     def test_channel_groups_stay_equally_wide(self) -> None:
         """What the operations do not show: this layer's outputs are four groups of channels."""
         model = chain(16, 8)
@@ -194,6 +205,23 @@ class TestInteractive:
         assert len(list(pruner.step(interactive=True) or ())) == 1
         pruner.step()
         assert widths_of(model) == [4, 4]
+
+    def test_groups_kept_as_a_list(self) -> None:
+        model = chain(8, 8, 8)
+        for group in reversed(list(pruner_of(model).step(interactive=True) or ())):
+            group.prune()
+        assert widths_of(model) == [4, 4, 4, 4]
+
+    def test_a_group_that_no_longer_fits_changes_nothing(self) -> None:
+        """Positions inside heads, chosen as if all heads stayed, after heads went: one error, and no half cut."""
+        model = torchvision.models.VisionTransformer(32, 8, 2, 4, 64, 96, num_classes=10).eval()
+        heads, *_, last = list(pruner_of(model, prune_num_heads=True).step(interactive=True) or ())
+        heads.prune()
+        before = model(IMAGE)
+        for group in (heads, last):
+            with suppress(tp.PrunusError):
+                group.prune().undo()
+            assert torch.equal(model(IMAGE), before)
 
     def test_the_root_is_what_makes_the_channels(self) -> None:
         model = torchvision.models.resnet18()

@@ -148,11 +148,15 @@ class BasePruner:
         self.root_module_types = tuple(root_module_types)
         self.ignored_layers = list(ignored_layers or ())
         self.num_heads = dict(num_heads or {})
+        self.prune_num_heads, self.prune_head_dims = prune_num_heads, prune_head_dims
+        self.head_pruning_ratio, self.head_pruning_ratio_dict = head_pruning_ratio, dict(head_pruning_ratio_dict or {})
+        self.pruning_ratio_dict = {**(ch_sparsity_dict or {}), **(pruning_ratio_dict or {})}
+        self.iterative_pruning_ratio_scheduler = iterative_pruning_ratio_scheduler
         self._heads = HeadShares(head_pruning_ratio, head_pruning_ratio_dict)
         self._wishes = Wishes(
             model,
             ratio=self.pruning_ratio,
-            ratios={**(ch_sparsity_dict or {}), **(pruning_ratio_dict or {})},
+            ratios=self.pruning_ratio_dict,
             cap=max_pruning_ratio,
             caps=max_pruning_ratio_dict or {},
             min_width=min_width,
@@ -179,7 +183,7 @@ class BasePruner:
         self._offer = self._rooted(offer(self.DG.coupling, prune_num_heads, prune_head_dims), named, channels)
         if not self._offer:
             raise NothingToPruneError(f"nothing in this model may be removed:\n{frozen_text(self.DG.coupling)}")
-        self._heads_at_first = dict(self.num_heads)
+        self.init_num_heads = dict(self.num_heads)
         self._rules = self._wishes.rules(self.DG, self._offer)
         self._penalties = Penalties(self.DG, self._offer, regularizer)
 
@@ -271,7 +275,7 @@ class BasePruner:
     def _count_heads(self) -> None:
         """Bring ``num_heads`` up to date."""
         coupling = self.DG.coupling
-        for key, number in self._heads_at_first.items():
+        for key, number in self.init_num_heads.items():
             inside = {id(t) for t in (key.parameters() if isinstance(key, nn.Module) else [key])}
             held = [h for h in coupling.trace.held if id(h.tensor) in inside]
             axes = [s + np.arange(n) for h in held for s, n in zip(h.starts, h.shape, strict=True) if s >= 0]
