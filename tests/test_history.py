@@ -52,6 +52,30 @@ def test_a_history_replays_and_the_graph_goes_on_from_there(name: str, text: boo
     assert torch.equal(model.eval()(IMAGE), other.eval()(IMAGE))
 
 
+class Recurrent(nn.Module):
+    """Its first state is made by the code at the width of the cell: no tensor of the model has that dim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.cell, self.out = nn.LSTM(6, 16, 2, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.cell(x)[0])
+
+
+def test_states_that_no_tensor_knows_stay_in_step() -> None:
+    model, other, x = Recurrent(), Recurrent(), torch.randn(2, 5, 6)
+    pruner, replayed = (tp.pruner.BasePruner(m, x, iterative_steps=2) for m in (model, other))
+    pruner.step()
+    replayed.load_pruning_history(pruner.pruning_history())
+    assert np.array_equal(replayed.DG.alive, pruner.DG.alive)
+    replayed.current_step = 1
+    replayed.step()
+    assert other.cell.hidden_size == 8
+    assert other(x).shape == (2, 5, 3)
+
+
 def test_the_triples_of_others() -> None:
     model = resnet()
     graph = tp.DependencyGraph().build_dependency(model, IMAGE)

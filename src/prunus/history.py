@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from prunus.coupling import Coupling
+from prunus.coupling import Coupling, Family
 from prunus.errors import InputError, SurgeryError
 from prunus.functions import functions_for, prune_parameter_in_channels, prune_parameter_out_channels
 from prunus.held import Held
@@ -108,23 +109,46 @@ def _follow(coupling: Coupling, alive: Alive, after: Alive) -> Alive:
     units, pieces = coupling.units, coupling.pieces
     before = coupling.alive_units(alive)
     gone = []
+    own = np.zeros(units.total, dtype=bool)
+    own[coupling.unit_of_atom[kept]] = True
     for fine, taken in units.takes.items():
         atoms = np.concatenate([pieces.start[p] + np.arange(pieces.length[p]) for p in taken.tolist()])
-        atoms = atoms[kept[atoms] & alive[atoms]]
         unit = int(units.base[fine])
+        own[unit] |= bool(kept[atoms].any())
+        atoms = atoms[kept[atoms] & alive[atoms]]
         if before[unit] and atoms.size and not after[atoms].any():
             gone.append(unit)
     real = np.flatnonzero(kept & alive)
-    own = np.zeros(units.total, dtype=bool)
-    own[coupling.unit_of_atom[real]] = True
+    now = np.zeros(units.total, dtype=bool)
+    now[coupling.unit_of_atom[real]] = True
     left = np.zeros(units.total, dtype=bool)
     left[coupling.unit_of_atom[real[after[real]]]] = True
-    dead = np.union1d(np.flatnonzero(own & ~left & before), np.array(gone, dtype=np.int64))
+    dead = np.union1d(np.flatnonzero(now & ~left & before), np.array(gone, dtype=np.int64))
     final = alive.copy()
     final[coupling.atoms_of(dead)] = False
     if not np.array_equal(final & kept, after & kept):
-        raise SurgeryError("the plan takes a part of what must go together: it was made for another model")
+        raise SurgeryError(
+            "the plan takes a part of what must go together in this graph: it was made for another model, or the model "
+            "runs otherwise from time to time; plan.apply(model) cuts without a graph"
+        )
+    for families in (coupling.families, coupling.by_rows.families):
+        for family in families:
+            _keep_in_step(coupling, final, family, own)
     return final
+
+
+def _keep_in_step(coupling: Coupling, alive: Alive, family: Family, own: NDArray[np.bool_]) -> None:
+    """Lanes of which no tensor knows (states that the code makes) lose the share of the others, first units first."""
+    real = [lane for lane in family.lanes if own[lane].any()]
+    if len(real) in (0, len(family.lanes)):
+        return
+    living = coupling.alive_units(alive)
+    share = min(np.count_nonzero(living[lane]) / len(lane) for lane in real)
+    for lane in family.lanes:
+        left = lane[living[lane]]
+        excess = len(left) - round(len(lane) * share)
+        if excess > 0 and not own[lane].any():
+            alive[coupling.atoms_of(left[:excess])] = False
 
 
 _NONE = np.empty(0, dtype=np.int64)
