@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +164,22 @@ def test_scaled_gradients_get_scaled_penalties() -> None:
         scaler.step(optimizer)
         found.append([p.detach().clone() for p in model.parameters()])
     assert all(torch.allclose(a, b, atol=1e-7) for a, b in zip(*found, strict=True))
+
+
+def test_a_data_parallel_wrapper(tmp_path: Path) -> None:
+    """The pruner is made of the model itself; the wrapper trains it, and its gradients get the penalty."""
+    model = net()
+    pruner = tp.pruner.GroupNormPruner(model, IMAGE, reg=1e-2)
+    alone = added(pruner, model)
+    torch.distributed.init_process_group("gloo", f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(model)
+        model.zero_grad()
+        (wrapped(torch.randn(2, 3, 12, 12)).sum() * 0).backward()
+        pruner.regularize(wrapped)
+        assert torch.allclose(model[0].weight.grad, alone["0.weight"])
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_half_precision_weights_get_small_penalties_too() -> None:

@@ -83,6 +83,11 @@ class TestShares:
         assert (model.layer3[0].conv1.out_channels, model.layer4[0].conv1.out_channels) == (192, 256)
         assert (model.layer2[0].conv1.out_channels, model.layer2[1].conv1.out_channels) == (32, 128)
 
+    def test_names_in_a_compiled_model(self) -> None:
+        model = chain(8, 8)
+        pruner_of(torch.compile(model), pruning_ratio_dict={"0": 0.25}).step()
+        assert widths_of(model) == [6, 4, 4]
+
     def test_of_one_type(self) -> None:
         model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8 * 900, 16), nn.Linear(16, 2))
         pruner_of(model, pruning_ratio_dict={nn.Linear: 0.25}).step()

@@ -13,6 +13,7 @@ from prunus.errors import InputError
 from prunus.graph import DependencyGraph
 from prunus.group import Group
 from prunus.heads import Offer
+from prunus.pruner.scopes import root_of
 from prunus.selection import Scores, score_units
 
 Criterion = Callable[[Any], "torch.Tensor | None"]
@@ -31,11 +32,11 @@ def score_with(
         scores = torch.full((len(group.units),), float("inf"), dtype=torch.float32)
         if left.size == 0:
             return scores
-        sides = graph.sides_of(group.units, coupling)
-        if not sides:
+        root = root_of(graph, left, coupling)
+        if root is None:
             return None
         try:
-            found = importance(Group(graph, left, sides[0], coupling))
+            found = importance(Group(graph, left, root, coupling))
         except NotImplementedError as error:
             if any(p.is_meta for p in graph.model.parameters()):
                 raise InputError(

@@ -153,8 +153,9 @@ class BasePruner:
         self.pruning_ratio_dict = {**(ch_sparsity_dict or {}), **(pruning_ratio_dict or {})}
         self.iterative_pruning_ratio_scheduler = iterative_pruning_ratio_scheduler
         self._heads = HeadShares(head_pruning_ratio, head_pruning_ratio_dict)
+        whole = getattr(model, "_orig_mod", model)  # what torch.compile wraps
         self._wishes = Wishes(
-            model,
+            whole,
             ratio=self.pruning_ratio,
             ratios=self.pruning_ratio_dict,
             cap=max_pruning_ratio,
@@ -168,9 +169,9 @@ class BasePruner:
             round_to=round_to,
         )
         self.per_step_pruning_ratio = self._wishes.shares
-        named = counts_of(model, self.num_heads, "num_heads")
+        named = counts_of(whole, self.num_heads, "num_heads")
         groups = {**(channel_groups or {}), **(in_channel_groups or {}), **(out_channel_groups or {})}
-        channels = counts_of(model, groups, "channel_groups")
+        channels = counts_of(whole, groups, "channel_groups")
         self.DG = DependencyGraph().build_dependency(
             model,
             example_inputs,
@@ -234,7 +235,7 @@ class BasePruner:
     def soft_step(self) -> SoftPruning:
         """What the next :meth:`step` would remove, as a mask that can be lifted; see :func:`prunus.soft_prune`."""
         units = self._units(self.current_step + 1)
-        return SoftPruning(self.model, self.DG._plan(units)[0])
+        return SoftPruning(self.DG.model, self.DG._plan(units)[0])
 
     def reset(self) -> None:
         """Begin the schedule again; shares stay those of the widths at first."""
@@ -266,10 +267,9 @@ class BasePruner:
         self._count_heads()
 
     def _group(self, units: Ids, coupling: Coupling) -> Iterator[Group]:
-        if units.size:
-            sides = self.DG.sides_of(units, coupling)
-            made = (s for s in sides if self.DG.is_out_channel_pruning_fn(s.handler))
-            yield Group(self.DG, units, next(made, sides[0]), coupling)
+        root = scopes.root_of(self.DG, units, coupling) if units.size else None
+        if root is not None:
+            yield Group(self.DG, units, root, coupling)
             self._count_heads()
 
     def _count_heads(self) -> None:
@@ -292,7 +292,7 @@ class BasePruner:
 
     def get_target_head_pruning_ratio(self, module: Any) -> float:
         """The share of a layer's heads that is to be gone after the steps made so far."""
-        own = self._heads.of_layers(self.model, [module])
+        own = self._heads.of_layers(self.DG.model, [module])
         share = own if own is not None else self._heads.ratio
         return self._wishes.now(share, self.current_step) if share else self.get_target_pruning_ratio(module)
 

@@ -11,6 +11,7 @@ from prunus.coupling import Coupling, Family
 from prunus.graph import DependencyGraph
 from prunus.group import Group
 from prunus.heads import Offer
+from prunus.pruner.scopes import root_of
 from prunus.regularize import Regularizer, add_gradients
 
 
@@ -42,8 +43,9 @@ class Penalties:
         found = []
         for group in coupling.groups:
             units = group.units[wanted[group.units]]
-            if units.size:
-                found.append(Group(self._graph, units, self._graph.sides_of(units, coupling)[0], coupling))
+            root = root_of(self._graph, units, coupling) if units.size else None
+            if root is not None:
+                found.append(Group(self._graph, units, root, coupling))
         return found
 
     def update(self) -> None:
