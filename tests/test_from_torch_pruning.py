@@ -131,7 +131,9 @@ def test_signatures_have_the_same_names_order_and_defaults(path: str) -> None:
 
 def test_names_by_every_path_that_scripts_use() -> None:
     for name in ("BasePruner", "MetaPruner", "MagnitudePruner", "BNScalePruner", "GroupNormPruner", "GrowingRegPruner"):
-        assert named(name) is named(f"pruner.{name}") is named(f"algorithms.{name}")
+        assert (
+            named(name) is named(f"pruner.{name}") is named(f"algorithms.{name}") is named(f"pruner.algorithms.{name}")
+        )
         assert issubclass(named(name), tp.BasePruner)
     assert tp.pruner.function is tp.function is tp.functions
     assert tp.pruner.importance is tp.importance

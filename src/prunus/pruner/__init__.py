@@ -1,5 +1,7 @@
 """Pruners: a score, a scope, a schedule and regularisers, in steps."""
 
+import sys
+
 from prunus import functions as function
 from prunus import importance
 from prunus.functions import *  # noqa: F403 - old scripts look for the prune_* family here
@@ -16,6 +18,8 @@ from prunus.pruner.scopes import HeadShares
 from prunus.pruner.scoring import Criterion, score_offer, score_with
 from prunus.pruner.steps import BasePruner
 
+algorithms = sys.modules[__name__]  # the path of old scripts: pruner.algorithms.scheduler
+
 __all__ = [
     "BNScalePruner",
     "BasePruner",
@@ -26,6 +30,7 @@ __all__ = [
     "MagnitudePruner",
     "MetaPruner",
     "Schedule",
+    "algorithms",
     "cosine_scheduler",
     "cubic_scheduler",
     "exponential_scheduler",
