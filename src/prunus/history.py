@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import is_dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from prunus import plan as plans
 from prunus.coupling import Coupling, Family
 from prunus.errors import InputError, SurgeryError
 from prunus.functions import functions_for, prune_parameter_in_channels, prune_parameter_out_channels
 from prunus.held import Held
-from prunus.plan import Alive, Footprint, Mirror, Plan, Removal, Scaling, Setting
+from prunus.plan import Alive, Plan
 from prunus.surgery import Receipt
 
 if TYPE_CHECKING:
@@ -22,7 +24,9 @@ if TYPE_CHECKING:
 Cut = tuple[str, bool, list[int]]
 
 # plans are plain data: a history that was saved with torch.save loads with torch.load as it is
-torch.serialization.add_safe_globals([Plan, Footprint, Removal, Setting, Mirror, Scaling])
+torch.serialization.add_safe_globals(
+    [kind for kind in vars(plans).values() if isinstance(kind, type) and is_dataclass(kind)]
+)
 
 
 def read_history(history: Iterable[Any]) -> list[Plan | Cut]:

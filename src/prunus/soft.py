@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import reduce
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from prunus.plan import Plan
 from prunus.surgery import apply
 
 _SIZES = (int, tuple, list)
+_SHOWN = {"removals", "settings", "before", "after", "mirrors", "pruners", "scalings", "notes"}  # of a plan
 
 
 class Spot(NamedTuple):
@@ -97,6 +98,9 @@ class SoftPruning:
                 f"{custom[0].rpartition('.')[0]} is cut by a customised pruner, which cannot be taken back after each "
                 "forward; leave it out of the plan"
             )
+        others = [f.name for f in fields(plan) if f.name not in _SHOWN and getattr(plan, f.name)]
+        if others:
+            raise InputError(f"the plan also has {', '.join(others)}: a mask can show only what goes inside layers")
         self._attributes = _sizes_after(model, plan)
         self._narrowings = _narrowings(model, plan)
         self._undo: list[tuple[Spot, Any]] = []
@@ -264,10 +268,10 @@ def _narrowings(model: nn.Module, plan: Plan) -> list[Narrowing]:
 def _places(model: nn.Module) -> dict[Any, list[Spot]]:
     found: dict[Any, list[Spot]] = {}
     for module in model.modules():
-        for fields in ("_parameters", "_buffers", ""):
-            for key, tensor in (vars(module)[fields] if fields else vars(module)).items():
+        for where in ("_parameters", "_buffers", ""):
+            for key, tensor in (vars(module)[where] if where else vars(module)).items():
                 if isinstance(tensor, torch.Tensor):
-                    found.setdefault(_memory(tensor), []).append(Spot(module, fields, key))
+                    found.setdefault(_memory(tensor), []).append(Spot(module, where, key))
     return found
 
 
