@@ -139,7 +139,7 @@ class GrowingL2:
         """Strengthen the decay of every unit."""
         self.update(groups)
         for group in groups:
-            self.strength[group.units] += self.delta * _weakness(unit_norms(group)).double().numpy()
+            self.strength[group.units] += self.delta * _weakness(unit_norms(group)).double().cpu().numpy()
 
     def gradients(self, group: Coupled, bias: bool = False) -> Gradients:
         """The weights times the strength of their unit."""
@@ -179,13 +179,14 @@ Chosen = Sequence[tuple[torch.Tensor, list[Member]]]
 
 
 def _norms(chosen: Chosen, size: int) -> torch.Tensor:
-    squares = torch.zeros(size, dtype=torch.float32)
+    devices = [member.tensor.device for _, members in chosen for member in members]
+    squares = torch.zeros(size, dtype=torch.float32, device=devices[0] if devices else None)
     for places, members in chosen:
         for member in members:
             weight = _wide(member.tensor).square()
             others = [d for d in range(weight.dim()) if d != member.dim]
-            along = (weight.sum(dim=others) if others else weight).cpu()
-            squares[places] += along[member.index].sum(dim=1).float()
+            along = weight.sum(dim=others) if others else weight
+            squares[places] += along[member.index.to(along.device)].sum(dim=1).to(squares)
     return squares.sqrt()
 
 
@@ -211,10 +212,9 @@ def _spread(chosen: Chosen, scale: torch.Tensor) -> Gradients:
 def _mask(member: Member, per_unit: torch.Tensor) -> torch.Tensor:
     """A number for each position along the member's dim, to multiply its tensor with."""
     tensor = member.tensor
-    along = torch.zeros(tensor.shape[member.dim], dtype=torch.float32)
-    along[member.index] = per_unit.float()[:, None].expand(-1, member.index.shape[1])
-    shape = [-1 if d == member.dim else 1 for d in range(tensor.dim())]
-    return along.to(tensor.device).view(shape)
+    along = torch.zeros(tensor.shape[member.dim], dtype=torch.float32, device=tensor.device)
+    along[member.index.to(tensor.device)] = per_unit.to(along)[:, None].expand(-1, member.index.shape[1])
+    return along.view([-1 if d == member.dim else 1 for d in range(tensor.dim())])
 
 
 def _counts(member: Member, bias: bool) -> bool:
