@@ -180,14 +180,21 @@ class TestShares:
         assert model.encoder.layers[0].mlp[0].out_features == 96
         assert pruner.get_target_head_pruning_ratio(attention) == 0.5
 
-    def test_channel_groups_stay_equally_wide(self) -> None:
-        """What the operations do not show: this layer's outputs are four groups of channels."""
-        model = chain(16, 8)
+    @pytest.mark.parametrize("side", ["out", "in", "old name"])
+    def test_channel_groups_stay_equally_wide(self, side: str) -> None:
+        """What the operations do not show: these channels are four groups. Those of other layers are not concerned."""
+        model = chain(16, 15)
         with torch.no_grad():
             model[0].weight[:8].mul_(0.01)
             model[0].bias.copy_(torch.arange(16.0))
-        pruner_of(model, out_channel_groups={model[0]: 4}).step()
+        given: dict[str, dict[str, Any]] = {
+            "out": {"out_channel_groups": {model[0]: 4}},
+            "in": {"in_channel_groups": {model[2]: 4}},
+            "old name": {"channel_groups": {"0": 4}},
+        }
+        pruner_of(model, pruning_ratio=0.5, **given[side]).step()
         assert [sum(4 * k <= b < 4 * k + 4 for b in model[0].bias.tolist()) for k in range(4)] == [2, 2, 2, 2]
+        assert model[2].out_channels == 7
 
 
 class TestInteractive:
@@ -305,7 +312,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "number of heads": ({"num_heads": {"0": 0}}, "num_heads"),
     "heads of an unknown layer": ({"num_heads": {"attn": 2}}, "num_heads"),
     "share of heads of an unknown layer": ({"head_pruning_ratio_dict": {"attn": 0.5}}, "head_pruning_ratio_dict"),
-    "channel groups": ({"out_channel_groups": {"0": 0}}, "channel_groups"),
+    "channel groups": ({"out_channel_groups": {"0": 0}}, "out_channel_groups"),
     "channel groups that do not divide": ({"out_channel_groups": {"0": 3}}, "do not divide"),
     "criterion": ({"importance": 2}, "importance=2"),
     "ignored layer": ({"ignored_layers": ["conv9"]}, "ignored_layers"),

@@ -162,27 +162,35 @@ def form(coupling: Coupling, family: Family) -> Hashable:
     return family.coarse, tuple(sorted(found))
 
 
-def in_groups(graph: DependencyGraph, families: Sequence[Family], counts: ByLayer[int]) -> dict[int, Family]:
-    """Families of which every lane is divided into equal contiguous parts that must stay equally wide, by identity.
+def in_groups(
+    graph: DependencyGraph, families: Sequence[Family], made: ByLayer[int], read: ByLayer[int]
+) -> list[Family]:
+    """The families; every lane of which some layer makes or reads groups is divided into parts that stay equally wide.
+
+    Args:
+        graph: where they are from.
+        families: what is on offer.
+        made: how many contiguous groups the outputs of some layers are.
+        read: the same for inputs.
 
     Raises:
         InputError: a width is no multiple of the number of groups.
     """
-    found = {}
+    if not made and not read:
+        return list(families)
+    found = []
     for family in families:
-        entry = counts.of(_users(graph, family))
-        if entry is None or entry.value == 1:
-            continue
-        if any(len(lane) % entry.value for lane in family.lanes):
+        sides = graph.sides_of(family.units)
+        reads = [graph.is_in_channel_pruning_fn(s.handler) for s in sides]
+        entry = made.of(s.node.module for s, r in zip(sides, reads, strict=True) if not r)
+        entry = entry or read.of(s.node.module for s, r in zip(sides, reads, strict=True) if r)
+        number = 1 if entry is None else entry.value
+        if any(len(lane) % number for lane in family.lanes):
             widths = sorted({len(lane) for lane in family.lanes})
-            raise InputError(f"channel groups: {entry.value} group(s) do not divide what shrinks together ({widths})")
-        lanes = [part for lane in family.lanes for part in lane.reshape(entry.value, -1)]
-        found[id(family)] = replace(family, lanes=tuple(lanes))
+            raise InputError(f"channel groups: {number} group(s) do not divide what shrinks together ({widths})")
+        lanes = [part for lane in family.lanes for part in lane.reshape(number, -1)]
+        found.append(family if number == 1 else replace(family, lanes=tuple(lanes)))
     return found
-
-
-def _users(graph: DependencyGraph, family: Family) -> list[Any]:
-    return [side.node.module for side in graph.sides_of(family.units)]
 
 
 def initial_widths(graph: DependencyGraph, reads: bool) -> dict[Any, int]:

@@ -170,8 +170,8 @@ class BasePruner:
         )
         self.per_step_pruning_ratio = self._wishes.shares
         named = counts_of(whole, self.num_heads, "num_heads")
-        groups = {**(channel_groups or {}), **(in_channel_groups or {}), **(out_channel_groups or {})}
-        channels = counts_of(whole, groups, "channel_groups")
+        made = counts_of(whole, {**(channel_groups or {}), **(out_channel_groups or {})}, "out_channel_groups")
+        read = counts_of(whole, in_channel_groups or {}, "in_channel_groups")
         self.DG = DependencyGraph().build_dependency(
             model,
             example_inputs,
@@ -181,14 +181,15 @@ class BasePruner:
             customized_pruners,
             self.ignored_layers,
         )
-        self._offer = self._rooted(offer(self.DG.coupling, prune_num_heads, prune_head_dims), named, channels)
+        found = self._rooted(offer(self.DG.coupling, prune_num_heads, prune_head_dims), named)
+        self._offer = replace(found, families=tuple(scopes.in_groups(self.DG, found.families, made, read)))
         if not self._offer:
             raise NothingToPruneError(f"nothing in this model may be removed:\n{frozen_text(self.DG.coupling)}")
         self.init_num_heads = dict(self.num_heads)
         self._rules = self._wishes.rules(self.DG, self._offer)
         self._penalties = Penalties(self.DG, self._offer, regularizer)
 
-    def _rooted(self, found: Offer, named: ByLayer[int], channels: ByLayer[int]) -> Offer:
+    def _rooted(self, found: Offer, named: ByLayer[int]) -> Offer:
         """What is on offer in layers of the root types; whole heads only of the layers that the caller named."""
         kinds = (*self.root_module_types, torch.Tensor)
 
@@ -200,9 +201,6 @@ class BasePruner:
         if named:
             rows = [f for f in rows if named.of(makers(self.DG, f.units, found.by_rows)) is not None]
         families = [f for f in found.families if rooted(f, found.coupling)]
-        if channels:
-            divided = scopes.in_groups(self.DG, families, channels)
-            families = [divided.get(id(f), f) for f in families]
         return replace(found, rows=tuple(rows), families=tuple(families))
 
     # -- steps ----------------------------------------------------------------------------------------------------
