@@ -151,9 +151,10 @@ class Policy:
     """How far selection may go.
 
     ``ratio_of`` gives the share that goes from a family (None: leave it); ``cap`` is the largest share of any family
-    over the whole job, and ``cap_of`` that of one family (None: ``cap``); ``least_of`` is how many bundles of a family
-    stay at least; ``round_to`` makes the widths that stay multiples of it, where a family allows it. Families with the
-    same ``scope_of`` compete for what goes; without it all do (``all_families_compete``), or each stands alone.
+    over the whole job, and ``cap_of`` that of one family (None: ``cap``); ``least_of`` is how many bundles of a family,
+    as they were at first, stay at least; ``round_to`` makes the widths that stay multiples of it, where a family allows
+    it. Families with the same ``scope_of`` compete for what goes; without it all do (``all_families_compete``), or each
+    stands alone.
     """
 
     ratio_of: Callable[[Family], float | None]
@@ -164,11 +165,15 @@ class Policy:
     cap_of: Callable[[Family], float | None] | None = None
     least_of: Callable[[Family], int] | None = None
 
-    def floor(self, family: Family, share: float) -> int:
+    def floor(self, ranking: Ranking, share: float) -> int:
         """How many bundles stay when ``share`` of them goes; one, or as many as the model needs, always stays."""
+        family = ranking.family
         own = self.cap_of(family) if self.cap_of is not None else None
         capped = ceil(family.count * (1 - (self.cap if own is None else own)) - 1e-9)
-        least = max(family.least, self.least_of(family) if self.least_of is not None else 1)
+        least = 1 if self.least_of is None else self.least_of(family)
+        if least > 1 and len(ranking):  # bundles are smaller where heads went
+            least = -(-least * len(family.units) // (family.count * ranking.table.shape[1]))
+        least = max(least, family.least)
         return min(family.count, max(least, capped, int(family.count * (1 - share) + 1e-9)))
 
 
@@ -203,11 +208,11 @@ def _kept(rankings: Sequence[Ranking], policy: Policy) -> list[int]:
     """One threshold over the scores of a scope; each family keeps at least what its cap and its minimum leave."""
     shares = [policy.ratio_of(r.family) or 0.0 for r in rankings]
     if len(rankings) == 1:
-        return [policy.floor(rankings[0].family, shares[0])]
+        return [policy.floor(rankings[0], shares[0])]
     keep = np.array([len(r) for r in rankings])
     total = sum(r.family.count * (1 - share) for r, share in zip(rankings, shares, strict=True))
     excess = max(0, int(keep.sum()) - int(total + 1e-9))
-    spare = [max(0, len(r) - policy.floor(r.family, 1.0)) for r in rankings]
+    spare = [max(0, len(r) - policy.floor(r, 1.0)) for r in rankings]
     scores = np.concatenate([r.scores[:n] for r, n in zip(rankings, spare, strict=True)])
     owner = np.repeat(np.arange(len(rankings)), spare)
     first = owner[np.argsort(scores, kind="stable")[:excess]]
@@ -222,7 +227,7 @@ def _rounded(ranking: Ranking, kept: int, policy: Policy) -> int:
     step, now = ranking.step(policy.round_to), len(ranking)
     if kept >= now or step == 1:
         return min(kept, now)
-    least = -(-policy.floor(ranking.family, 1.0) // step) * step
+    least = -(-policy.floor(ranking, 1.0) // step) * step
     nearest = (2 * kept + step) // (2 * step) * step
     return min(max(nearest, step, least), now)
 

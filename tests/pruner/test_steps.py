@@ -162,6 +162,12 @@ class TestShares:
         pruner_of(model, pruning_ratio=0.9, min_width=10).step()
         assert widths_of(model) == [10, 8, 4]
 
+    def test_a_minimum_width_holds_where_heads_go_too(self) -> None:
+        model = torchvision.models.VisionTransformer(32, 8, 1, 4, 64, 96, num_classes=10)
+        pruner_of(model, pruning_ratio=0.8, prune_num_heads=True, min_width=12).step()
+        attention = model.encoder.layers[0].self_attention
+        assert (attention.num_heads, attention.embed_dim) == (1, 12)
+
     def test_widths_are_multiples_in_every_layer_that_was_cut(self) -> None:
         model = torchvision.models.VisionTransformer(32, 8, 2, 4, 96, 160, num_classes=10)
         pruner_of(model, pruning_ratio=0.37, round_to=16, ignored_layers=["heads"]).step()

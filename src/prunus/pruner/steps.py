@@ -61,8 +61,8 @@ class BasePruner:
         pruning_ratio: the share of every group's units that is gone after the last step, in [0, 1).
         pruning_ratio_dict: other shares for some layers. With ``global_pruning``, what one key means is a scope of its
             own, whose groups compete with each other only.
-        max_pruning_ratio: the largest share of any group, in (0, 1]; it holds after every step. Heads and the dims inside
-            them are two groups.
+        max_pruning_ratio: the largest share of any group, in (0, 1]; it holds after every step. Heads and the dims
+            inside them are two groups.
         iterative_steps: how many calls of :meth:`step` reach the share.
         iterative_pruning_ratio_scheduler: ``(ratio, steps) -> shares after 0, 1, ... steps``, such as
             :func:`~prunus.pruner.linear_scheduler`.
