@@ -15,6 +15,7 @@ EXAMPLES = {
     "group_by_hand": ["(Pruning Root)", "Conv2d(3, 61,", "Conv2d(61, 128,", "output: (1, 1000)"],
     "all_groups": ["conv1              64 ->   48, 10 layers", "parameters: 11,689,512 -> ", "output: (1, 1000)"],
     "iterative_pruner": ["dense   1.82 G MACs  11,689,512 parameters", "step 5  0.", "3,055,880 parameters"],
+    "sparse_training": ["masked  11,181,642 parameters", "pruned  2,801,450 parameters", "same outputs: True"],
     "prune_to_target": ["verified:", "whole model", "same outputs: True", "the dense one: True"],
 }
 

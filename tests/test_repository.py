@@ -29,7 +29,8 @@ LEVELS = [
     {"drops", "plan"},
     {"surgery", "containers", "handlers", "cost", "calibration", "importance", "functions"},
     {"selection", "heads", "regularize", "recover", "recipe", "report"},
-    {"group", "graph", "pruner", "pruning", "verification", "blocks", "utils"},
+    {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "blocks", "utils"}
+    | {"ops", "dependency", "serialization"},
     {"integrations"},
     {"cli", "__main__"},
 ]

@@ -4,24 +4,43 @@
 that users of structured pruning know, so that ``import prunus as tp`` runs the scripts they have.
 """
 
-from prunus import cost, functions, importance, pruner, utils
+from prunus import cost, dependency, functions, importance, ops, pruner, regularize, serialization, utils
+from prunus import functions as function
+from prunus import pruner as algorithms
 from prunus._version import __version__
 from prunus.blocks import Block, DropResult, drop_blocks, find_blocks
 from prunus.calibration import Calibration, calibrate
+from prunus.dependency import INDEX_MAPPING_PLACEHOLDER, MAX_RECURSION_DEPTH, MAX_VALID_DIM
 from prunus.errors import InputError, NothingToPruneError, PrunusError, SurgeryError, TargetError
 from prunus.functions import *  # noqa: F403 - the prune_* family; functions.__all__ is the list
 from prunus.graph import DependencyGraph
-from prunus.group import Dependency, Group
+from prunus.group import Dependency, Group, Node
 from prunus.hints import freeze
 from prunus.plan import Plan
+from prunus.pruner import (
+    BasePruner,
+    BNScalePruner,
+    GroupNormPruner,
+    GrowingRegPruner,
+    MagnitudePruner,
+    MetaPruner,
+    scheduler,
+)
 from prunus.pruning import PruneResult, prune
 from prunus.rules import remove_rule, rule
 from prunus.selection import Target
+from prunus.serialization import load, load_state_dict, save, state_dict
 from prunus.sizes import Fact
+from prunus.soft import SoftPruning, soft_prune
 from prunus.surgery import Receipt, apply
 from prunus.verification import VerifyReport, verify
 
 __all__ = [
+    "INDEX_MAPPING_PLACEHOLDER",
+    "MAX_RECURSION_DEPTH",
+    "MAX_VALID_DIM",
+    "BNScalePruner",
+    "BasePruner",
     "Block",
     "Calibration",
     "Dependency",
@@ -29,29 +48,47 @@ __all__ = [
     "DropResult",
     "Fact",
     "Group",
+    "GroupNormPruner",
+    "GrowingRegPruner",
     "InputError",
+    "MagnitudePruner",
+    "MetaPruner",
+    "Node",
     "NothingToPruneError",
     "Plan",
     "PruneResult",
     "PrunusError",
     "Receipt",
+    "SoftPruning",
     "SurgeryError",
     "Target",
     "TargetError",
     "VerifyReport",
     "__version__",
+    "algorithms",
     "apply",
     "calibrate",
     "cost",
+    "dependency",
     "drop_blocks",
     "find_blocks",
     "freeze",
+    "function",
     "functions",
     "importance",
+    "load",
+    "load_state_dict",
+    "ops",
     "prune",
     "pruner",
+    "regularize",
     "remove_rule",
     "rule",
+    "save",
+    "scheduler",
+    "serialization",
+    "soft_prune",
+    "state_dict",
     "utils",
     "verify",
 ]

@@ -6,7 +6,7 @@ A thin face over the engine: the graph holds what tracing and coupling found and
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,8 +28,9 @@ from prunus.functions import (
     prune_parameter_in_channels,
     prune_parameter_out_channels,
 )
-from prunus.group import Dependency, Group, GroupItem, Side, Sides, find_sides
+from prunus.group import Dependency, Group, GroupItem, Node, Side, Sides, find_sides
 from prunus.hints import apply_hints, chosen_layers
+from prunus.history import replay
 from prunus.importance import current_positions
 from prunus.labels import Ids
 from prunus.plan import Alive, Plan, everything_alive, make_plan
@@ -189,6 +190,11 @@ class DependencyGraph:
             self._sides = find_sides(self.coupling, self._only)
         return self._sides
 
+    @property
+    def module2node(self) -> dict[Any, Node]:
+        """The layers that the graph sees, each with its node."""
+        return {side.node.module: side.node for side in self.sides.ordered}
+
     def sides_of(self, units: Ids, coupling: Coupling | None = None) -> list[Side]:
         """The sides of layers that ``units`` cut, in the order in which the model uses them."""
         coupling = coupling or self.coupling
@@ -336,7 +342,9 @@ class DependencyGraph:
         return make_plan(self.coupling, self.alive, units, self.facts)
 
     def _prune(self, units: Ids, record_history: bool = True, optimizer: Any = None) -> Receipt:
-        plan, after = self._plan(units)
+        return self._apply(*self._plan(units), record_history, optimizer)
+
+    def _apply(self, plan: Plan, after: Alive, record_history: bool = True, optimizer: Any = None) -> Receipt:
         before = self.alive
         receipt = apply(self.model, plan, optimizer)
         self._alive = after
@@ -352,6 +360,18 @@ class DependencyGraph:
     def pruning_history(self) -> list[Plan]:
         """The plans that were applied, in order."""
         return list(self._history)
+
+    def load_pruning_history(self, history: Iterable[Any]) -> None:
+        """Cut as before, all or nothing.
+
+        Args:
+            history: what :meth:`pruning_history` gave, JSON texts of it, or triples ``[layer, is output, positions]``.
+
+        Raises:
+            InputError: an entry cannot be read; nothing was changed.
+            SurgeryError: an entry does not fit; the model is as it was.
+        """
+        replay(self, history)
 
     def get_out_channels(self, module: Any) -> int:
         """The present width of what a layer makes."""

@@ -11,7 +11,9 @@ from numpy.typing import NDArray
 from prunus.coupling import Coupling, Family
 from prunus.labels import Ids
 from prunus.plan import Alive
-from prunus.selection import Policy, Scores, choose, default_families, rank
+from prunus.selection import Policy, Ranking, Scores, choose_each, default_families, rank
+
+_NONE: Ids = np.empty(0, dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -66,17 +68,47 @@ def _inside(coupling: Coupling) -> NDArray[np.bool_]:
 
 def choose_rows(found: Offer, scores: Scores, alive: Alive, policy: Policy) -> Ids:
     """The units of the whole rows to remove now (a width need not be a multiple in heads)."""
+    return np.concatenate([_NONE, *rows_to_go(found, scores, alive, policy)])
+
+
+def rows_to_go(found: Offer, scores: Scores, alive: Alive, policy: Policy) -> list[Ids]:
+    """The same for each of ``found.rows``."""
     living = found.coupling.alive_units(alive)
-    rankings = [rank(f, scores, living) for f in found.rows]
-    return choose(rankings, replace(policy, round_to=None))
+    return choose_each([rank(f, scores, living) for f in found.rows], replace(policy, round_to=None))
 
 
 def choose_positions(found: Offer, scores: Scores, alive: Alive, policy: Policy, gone: Ids) -> Ids:
     """The units to remove of every other family, after the rows ``gone``."""
+    return np.concatenate([_NONE, *positions_to_go(found, scores, alive, policy, gone)])
+
+
+def positions_to_go(found: Offer, scores: Scores, alive: Alive, policy: Policy, gone: Ids) -> list[Ids]:
+    """The same for each of ``found.families``."""
     left = alive.copy()
     left[found.coupling.atoms_of(gone)] = False
     living = found.coupling.alive_units(left)
-    return choose([rank(f, scores, living) for f in found.families], policy)
+    rankings = [rank(f, scores, living) for f in found.families]
+    if policy.round_to is not None and policy.round_to > 1:
+        rankings = [replace(r, widths=_widths(found.coupling, r)) for r in rankings]
+    return choose_each(rankings, policy)
+
+
+def _widths(coupling: Coupling, ranking: Ranking) -> tuple[int, ...]:
+    """How many positions a bundle takes of each dim of each tensor, each number once."""
+    if not len(ranking):
+        return ()
+    return tuple(sorted(set(positions_of(coupling, ranking.table[0]).values())))
+
+
+def positions_of(coupling: Coupling, units: Ids) -> dict[tuple[int, int], int]:
+    """How many positions of each ``(held, dim)`` some units take."""
+    found: dict[tuple[int, int], int] = {}
+    groups, counts = np.unique(coupling.group_of_unit[units], return_counts=True)
+    for group, count in zip(groups.tolist(), counts.tolist(), strict=True):
+        for part in coupling.groups[group].slices if group >= 0 else ():
+            key = part.held, part.dim
+            found[key] = found.get(key, 0) + count * part.positions.shape[1]
+    return found
 
 
 def count_rows(coupling: Coupling, alive: Alive, atoms: Ids) -> tuple[int, int]:

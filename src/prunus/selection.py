@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, gcd, lcm
 
 import numpy as np
 import torch
@@ -101,11 +103,30 @@ def score_units(
 
 @dataclass(frozen=True)
 class Ranking:
-    """The living bundles of a family, least important first: ``bundles[k]`` are units, ``scores[k]`` their mean."""
+    """The living bundles of a family, least important first: row ``k`` of ``table`` are the units of one.
+
+    ``scores[k]`` is the mean score of its units; ``widths`` are how many positions a bundle takes of each dim that the
+    family cuts, for rounding.
+    """
 
     family: Family
-    bundles: tuple[Ids, ...]
+    table: Ids
     scores: Scores
+    widths: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @cached_property
+    def bundles(self) -> tuple[Ids, ...]:
+        """The rows of the table."""
+        return tuple(self.table)
+
+    def step(self, round_to: int | None) -> int:
+        """The number of bundles of which a multiple must stay, so that every width is a multiple of ``round_to``."""
+        if round_to is None or round_to <= 1 or not len(self):
+            return 1
+        return lcm(*(round_to // gcd(round_to, w) for w in self.widths or (self.table.shape[1],)))
 
 
 def rank(family: Family, scores: Scores, living: NDArray[np.bool_]) -> Ranking:
@@ -113,15 +134,16 @@ def rank(family: Family, scores: Scores, living: NDArray[np.bool_]) -> Ranking:
     parts, values = [], []
     lanes, quotas = family.left(living)
     if not lanes:
-        return Ranking(family, (), np.empty(0))
+        return Ranking(family, np.empty((0, 0), dtype=np.int64), np.empty(0))
     for left, quota in zip(lanes, quotas, strict=True):
         order = left[np.argsort(np.nan_to_num(scores[left], nan=0.0), kind="stable")]
         rows = order[: len(order) // quota * quota].reshape(-1, quota)
         parts.append(rows)
         values.append(np.nan_to_num(scores[rows], nan=0.0).mean(axis=1))
     count = min(len(p) for p in parts)
-    bundles = np.concatenate([p[:count] for p in parts], axis=1)
-    return Ranking(family, tuple(bundles), np.mean([v[:count] for v in values], axis=0))
+    return Ranking(
+        family, np.concatenate([p[:count] for p in parts], axis=1), np.mean([v[:count] for v in values], axis=0)
+    )
 
 
 @dataclass(frozen=True)
@@ -129,66 +151,85 @@ class Policy:
     """How far selection may go.
 
     ``ratio_of`` gives the share that goes from a family (None: leave it); ``cap`` is the largest share of any family
-    over the whole job; ``round_to`` makes the widths that stay multiples of it, where a family allows it.
+    over the whole job, and ``cap_of`` that of one family (None: ``cap``); ``least_of`` is how many bundles of a family,
+    as they were at first, stay at least; ``round_to`` makes the widths that stay multiples of it, where a family allows
+    it. Families with the same ``scope_of`` compete for what goes; without it all do (``all_families_compete``), or each
+    stands alone.
     """
 
     ratio_of: Callable[[Family], float | None]
     cap: float = 1.0
     round_to: int | None = None
     all_families_compete: bool = False
+    scope_of: Callable[[Family], Hashable] | None = None
+    cap_of: Callable[[Family], float | None] | None = None
+    least_of: Callable[[Family], int] | None = None
+
+    def floor(self, ranking: Ranking, share: float) -> int:
+        """How many bundles stay when ``share`` of them goes; one, or as many as the model needs, always stays."""
+        family = ranking.family
+        own = self.cap_of(family) if self.cap_of is not None else None
+        capped = ceil(family.count * (1 - (self.cap if own is None else own)) - 1e-9)
+        least = 1 if self.least_of is None else self.least_of(family)
+        if least > 1 and len(ranking):  # bundles are smaller where heads went
+            least = -(-least * len(family.units) // (family.count * ranking.table.shape[1]))
+        least = max(least, family.least)
+        return min(family.count, max(least, capped, int(family.count * (1 - share) + 1e-9)))
 
 
 def choose(rankings: Sequence[Ranking], policy: Policy) -> Ids:
     """The units to remove now, so that each family has lost its share of what it had at first."""
-    keep = _kept_globally(rankings, policy) if policy.all_families_compete else _kept_locally(rankings, policy)
-    chosen = [np.empty(0, dtype=np.int64)]
-    for ranking, wanted in zip(rankings, keep, strict=True):
-        kept = _rounded(ranking, wanted, policy.round_to)
-        chosen += ranking.bundles[: max(0, len(ranking.bundles) - kept)]
-    return np.concatenate(chosen)
+    return np.concatenate([np.empty(0, dtype=np.int64), *choose_each(rankings, policy)])
 
 
-def _floor(family: Family, share: float) -> int:
-    """How many bundles stay when ``share`` of them goes; one, or as many as the model needs, always stays."""
-    return max(family.least, int(family.count * (1 - share) + 1e-9))
+def choose_each(rankings: Sequence[Ranking], policy: Policy) -> list[Ids]:
+    """The same, family by family."""
+    keep = [len(r) for r in rankings]
+    for scope in _scopes(rankings, policy):
+        for k, kept in zip(scope, _kept([rankings[k] for k in scope], policy), strict=True):
+            keep[k] = _rounded(rankings[k], kept, policy)
+    return [r.table[: max(0, len(r) - kept)].reshape(-1) for r, kept in zip(rankings, keep, strict=True)]
 
 
-def _kept_locally(rankings: Sequence[Ranking], policy: Policy) -> list[int]:
-    shares = [policy.ratio_of(r.family) for r in rankings]
-    return [
-        len(r.bundles) if share is None else _floor(r.family, min(share, policy.cap))
-        for r, share in zip(rankings, shares, strict=True)
-    ]
+def _scopes(rankings: Sequence[Ranking], policy: Policy) -> list[list[int]]:
+    """The families that compete with each other; those that are left alone are in none."""
+    found: dict[Hashable, list[int]] = {}
+    for k, ranking in enumerate(rankings):
+        if policy.ratio_of(ranking.family) is None:
+            continue
+        key: Hashable = 0 if policy.all_families_compete else k
+        if policy.scope_of is not None:
+            key = policy.scope_of(ranking.family)
+        found.setdefault(key, []).append(k)
+    return list(found.values())
 
 
-def _kept_globally(rankings: Sequence[Ranking], policy: Policy) -> list[int]:
-    """One threshold over the scores of all families that take part; each keeps at least what the cap leaves."""
-    shares = [policy.ratio_of(r.family) for r in rankings]
-    keep = [len(r.bundles) for r in rankings]
-    part = [k for k, share in enumerate(shares) if share is not None]
-    if not part:
-        return keep
-    total = sum(rankings[k].family.count * (1 - (shares[k] or 0.0)) for k in part)
-    excess = sum(keep[k] for k in part) - int(total + 1e-9)
-    scores = np.concatenate([rankings[k].scores for k in part])
-    owner = np.repeat(part, [len(rankings[k].bundles) for k in part])
-    for k in owner[np.argsort(scores, kind="stable")].tolist():
-        if excess <= 0:
-            break
-        if keep[k] > _floor(rankings[k].family, policy.cap):
-            keep[k] -= 1
-            excess -= 1
-    return keep
+def _kept(rankings: Sequence[Ranking], policy: Policy) -> list[int]:
+    """One threshold over the scores of a scope; each family keeps at least what its cap and its minimum leave."""
+    shares = [policy.ratio_of(r.family) or 0.0 for r in rankings]
+    if len(rankings) == 1:
+        return [policy.floor(rankings[0], shares[0])]
+    keep = np.array([len(r) for r in rankings])
+    total = sum(r.family.count * (1 - share) for r, share in zip(rankings, shares, strict=True))
+    excess = max(0, int(keep.sum()) - int(total + 1e-9))
+    spare = [max(0, len(r) - policy.floor(r, 1.0)) for r in rankings]
+    scores = np.concatenate([r.scores[:n] for r, n in zip(rankings, spare, strict=True)])
+    owner = np.repeat(np.arange(len(rankings)), spare)
+    first = owner[np.argsort(scores, kind="stable")[:excess]]
+    return [int(n) for n in keep - np.bincount(first, minlength=len(rankings))]
 
 
-def _rounded(ranking: Ranking, kept: int, round_to: int | None) -> int:
-    """The number nearest to ``kept`` that makes the family's width a multiple of ``round_to``; never nothing."""
-    if round_to is None or round_to <= 1 or not ranking.bundles:
-        return kept
-    width = len(ranking.bundles[0])
-    step = round_to // int(np.gcd(round_to, width))
+def _rounded(ranking: Ranking, kept: int, policy: Policy) -> int:
+    """The number nearest to ``kept`` that makes all widths multiples of ``round_to``, never below the family's floor.
+
+    A family that loses nothing is not rounded.
+    """
+    step, now = ranking.step(policy.round_to), len(ranking)
+    if kept >= now or step == 1:
+        return min(kept, now)
+    least = -(-policy.floor(ranking, 1.0) // step) * step
     nearest = (2 * kept + step) // (2 * step) * step
-    return min(max(nearest, step, ranking.family.least), len(ranking.bundles))
+    return min(max(nearest, step, least), now)
 
 
 def choose_for_target(coupling: Coupling, alive: Alive, target: Target, chosen: Callable[[float], Ids]) -> Ids:
