@@ -55,6 +55,9 @@ TIMING: list[tuple[str, Any]] = [
     ("model", NEEDED), ("example_inputs", NEEDED), ("repeat", 300), ("warmup", 50), ("run_fn", None)
 ]  # fmt: skip
 
+SCORES: list[tuple[Any, Any]] = [("group_reduction", "mean"), ("normalizer", "mean"), ("bias", False)]
+TYPES: list[tuple[Any, Any]] = [("target_types", ANY)]
+DATA = [SCORES[2], *TYPES, ("calibration", None)]
 SIGNATURES: dict[str, list[tuple[str, Any]]] = {
     "pruner.BasePruner": [*FIRST, *BASE],
     "pruner.MetaPruner": [*FIRST, *BASE],
@@ -81,6 +84,17 @@ SIGNATURES: dict[str, list[tuple[str, Any]]] = {
     "pruner.GrowingRegPruner.regularize": [("self", NEEDED), ("model", ANY), ("bias", False)],
     "pruner.GrowingRegPruner.update_reg": [("self", NEEDED)],
     "pruner.BNScalePruner.regularize": [("self", NEEDED), ("model", ANY), ("reg", None), ("bias", False)],
+    "importance.MagnitudeImportance": [("p", 2), *SCORES, *TYPES],
+    "importance.GroupMagnitudeImportance": [("p", 2), *SCORES, *TYPES],
+    "importance.BNScaleImportance": [*SCORES[:2]],
+    "importance.LAMPImportance": [("p", 2), SCORES[0], ("normalizer", "lamp"), SCORES[2]],
+    "importance.FPGMImportance": [("p", 2), *SCORES],
+    "importance.GroupTaylorImportance": [*SCORES[:2], ("multivariable", False), *DATA],
+    "importance.TaylorImportance": [*SCORES[:2], ("multivariable", False), *DATA],
+    "importance.GroupHessianImportance": [*SCORES[:2], *DATA],
+    "importance.HessianImportance": [*SCORES[:2], *DATA],
+    "importance.GroupHessianImportance.accumulate_grad": [("self", NEEDED), ("model", NEEDED)],
+    "importance.OBDCImportance": [*SCORES, *TYPES, ("num_classes", 100), ("calibration", None)],
     "scheduler.linear_scheduler": [(ANY, NEEDED), ("steps", NEEDED)],
     "DependencyGraph.pruning_history": [("self", NEEDED)],
     "DependencyGraph.load_pruning_history": [("self", NEEDED), (ANY, NEEDED)],
@@ -354,6 +368,69 @@ class TestReadme:
         tp.pruner.MagnitudePruner(model, IMAGE, importance=tp.importance.MagnitudeImportance()).step()
         assert model[1].shape == (4, 1, 1)
         assert model(IMAGE).shape == (1, 4, 60, 60)
+
+
+class TestImportances:
+    """Each criterion drives a pruner by the snippet of its page."""
+
+    @pytest.mark.parametrize("name", ["MagnitudeImportance", "BNScaleImportance", "LAMPImportance", "FPGMImportance"])
+    def test_weights_alone(self, name: str) -> None:
+        model = resnet18()
+        imp = getattr(tp.importance, name)()
+        tp.pruner.MagnitudePruner(model, IMAGE, imp, pruning_ratio=0.5, ignored_layers=classifier(model)).step()
+        assert model.conv1.out_channels == 32
+        assert model(IMAGE).shape == (1, 1000)
+
+    @pytest.mark.parametrize("multivariable", [False, True])
+    def test_a_loss_and_its_gradients(self, multivariable: bool) -> None:
+        model = resnet18()
+        imp = tp.importance.GroupTaylorImportance(multivariable=multivariable)
+        pruner = tp.pruner.BasePruner(model, IMAGE, imp, pruning_ratio=0.5, ignored_layers=classifier(model))
+        loss = nn.functional.cross_entropy(model(IMAGE.repeat(2, 1, 1, 1)), torch.tensor([1, 2]))
+        loss.backward()
+        pruner.step()
+        assert model.conv1.out_channels == 32
+
+    def test_squared_gradients_sample_by_sample(self) -> None:
+        model = resnet18()
+        imp = tp.importance.GroupHessianImportance()
+        pruner = tp.pruner.BasePruner(
+            model, IMAGE, imp, pruning_ratio=0.5, ignored_layers=classifier(model), global_pruning=True
+        )
+        imp.zero_grad()
+        losses = nn.functional.cross_entropy(
+            model(torch.randn(3, *IMAGE.shape[1:])), torch.tensor([1, 2, 3]), reduction="none"
+        )
+        for loss in losses:
+            model.zero_grad()
+            loss.backward(retain_graph=True)
+            imp.accumulate_grad(model)
+        pruner.step()
+        assert sum(p.numel() for p in model.parameters()) < 8_000_000
+
+    def test_a_criterion_of_ones_own(self) -> None:
+        class MyMagnitude(tp.importance.Importance):
+            def __call__(self, group: Any, **kwargs: Any) -> torch.Tensor:
+                found = []
+                for dep, idxs in group:
+                    layer, prune_fn = dep.layer, dep.pruning_fn
+                    if isinstance(layer, nn.Conv2d) and prune_fn == tp.prune_conv_out_channels:
+                        found.append(layer.weight.data[idxs].flatten(1).abs().pow(2).sum(1))
+                return torch.stack(found).mean(0)
+
+        model = resnet18()
+        pruner = tp.pruner.BasePruner(model, IMAGE, MyMagnitude(), pruning_ratio=0.5, ignored_layers=classifier(model))
+        pruner.step()
+        assert model.conv1.out_channels == 32
+
+    def test_scales_of_norms_are_what_the_pruner_named_after_them_goes_by(self) -> None:
+        model = resnet18()
+        with torch.no_grad():
+            model.layer1[0].bn1.weight[:8] = 0.0
+        pruner = tp.pruner.BNScalePruner(model, IMAGE, pruning_ratio=0.125, ignored_layers=classifier(model))
+        pruner.step()
+        scales = model.layer1[0].bn1.weight
+        assert scales.shape == (56,) and bool((scales == 1).all())
 
 
 class TestExamplesAndTests:

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from prunus.importance import BNScaleImportance
 from prunus.pruner.scoring import Criterion
 from prunus.pruner.steps import BasePruner
 from prunus.regularize import GroupLasso, GrowingL2, Regularizer, ScaleL1
@@ -132,7 +133,7 @@ class BNScalePruner(BasePruner):
     Args:
         model: see :class:`BasePruner`, as for all others.
         example_inputs: the same.
-        importance: the same.
+        importance: by default the scales themselves, :class:`~prunus.importance.BNScaleImportance`.
         reg: strength of the penalty.
         group_lasso: the scales of coupled norms shrink together instead.
         rest: the arguments of :class:`BasePruner` after ``importance``, in its order.
@@ -150,6 +151,7 @@ class BNScalePruner(BasePruner):
         **options: Any,
     ) -> None:
         self.scales = ScaleL1(reg, group_lasso)
+        importance = BNScaleImportance() if importance is None else importance
         super().__init__(model, example_inputs, importance, *rest, **_with(self.scales, options))
 
     def regularize(
