@@ -28,8 +28,8 @@ LEVELS = [
     {"coupling"},
     {"plan"},
     {"surgery", "handlers", "cost", "importance", "functions"},
-    {"selection", "heads", "regularize", "recover", "recipe", "report"},
-    {"group", "graph", "pruner", "pruning", "verification", "utils"},
+    {"selection", "heads", "regularize", "recover", "recipe", "report", "allocation", "budget", "obstacles"},
+    {"group", "graph", "pruner", "pruning", "verification", "utils", "spending"},
     {"integrations"},
     {"cli", "__main__"},
 ]

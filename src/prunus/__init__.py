@@ -6,6 +6,7 @@ that users of structured pruning know, so that ``import prunus as tp`` runs the 
 
 from prunus import cost, functions, importance, pruner, utils
 from prunus._version import __version__
+from prunus.budget import Target
 from prunus.errors import InputError, NothingToPruneError, PrunusError, SurgeryError, TargetError
 from prunus.functions import *  # noqa: F403 - the prune_* family; functions.__all__ is the list
 from prunus.graph import DependencyGraph
@@ -14,7 +15,6 @@ from prunus.hints import freeze
 from prunus.plan import Plan
 from prunus.pruning import PruneResult, prune
 from prunus.rules import remove_rule, rule
-from prunus.selection import Target
 from prunus.sizes import Fact
 from prunus.surgery import Receipt, apply
 from prunus.verification import VerifyReport, verify
