@@ -216,10 +216,13 @@ class _Search:
         return high
 
     def closest(self, length: int) -> Lost:
-        """The prefix of that length, improved by giving back what still fits."""
+        """The prefix of that length, improved by giving back what still fits.
+
+        Where too much is left all the same, because its last removal is a large one, the course goes on without it.
+        """
         best = self._given_back(self.course.lost(length), length)
         for family in self.course.latest(length)[:8]:
-            if self.slack(self.costs_of(best)) <= CLOSE:
+            if self.slack(self.costs_of(best)) <= SLACK:
                 break
             detour = self.course.without(family, length)
             other = self.shortest(detour)
@@ -262,7 +265,7 @@ class _Search:
                 less[family] = before
                 smallest = min(smallest, (self.costs_of(less)[tight] - now[tight]) / self.limits[tight])
         if math.isinf(smallest):
-            return ""
+            return f"{tight}: what goes in any case takes it below the budget by itself; nothing else was removed"
         return (
             f"{tight}: {1 - now[tight] / self.limits[tight]:.1%} of the budget is left, because the smallest thing "
             f"that could stay (what must go together, in its steps) costs {smallest:.1%} of it"
@@ -279,7 +282,7 @@ def best_of(
     """The allocation, among ``candidates`` and random changes of the best so far, after which the metric is highest.
 
     Args:
-        candidates: allocations to try first.
+        candidates: allocations to try first, at least one.
         solve: meets the budget with an allocation.
         metric: judges it, higher is better; nan is the worst.
         mutate: changes an allocation at random.
@@ -291,7 +294,7 @@ def best_of(
     random = np.random.default_rng(0)
     best: tuple[float, Course, Found] | None = None
     for k in range(tries):
-        course = candidates[k] if k < len(candidates) or best is None else mutate(best[1], random)
+        course = candidates[k] if best is None or k < len(candidates) else mutate(best[1], random)
         found = solve(course)
         value = float(metric(found))
         value = -math.inf if math.isnan(value) else value

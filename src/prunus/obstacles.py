@@ -34,6 +34,8 @@ def obstacles(coupling: Coupling, alive: Alive, choices: Offered, budget: str) -
     reasons: dict[str, list[str]] = {}
     for tensor, dim, reason, count in frozen(coupling):
         layer, _, own = tensor.rpartition(".")
+        if dim > 1:  # a kernel's dims never go
+            continue
         reasons.setdefault(layer, []).append(f"{count} positions of {own} dim {dim} stay: {reason}")
     named = []
     for layer, amount in sorted(now.items(), key=lambda pair: -pair[1])[:MOST]:

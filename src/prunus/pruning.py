@@ -11,6 +11,7 @@ from torch import nn
 
 from prunus.allocation import Allocation, offered
 from prunus.budget import Budget, Target
+from prunus.cost import MemoryModel
 from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
 from prunus.heads import choose_positions, choose_rows, offer
@@ -21,7 +22,7 @@ from prunus.pruner import Criterion, HeadShares, score_offer
 from prunus.report import frozen_text, layer_table, render
 from prunus.selection import Policy
 from prunus.sizes import Fact
-from prunus.spending import Wish, spend
+from prunus.spending import Measure, Wish, spend
 from prunus.surgery import Receipt
 from prunus.tracing import ForwardFn, Inputs
 
@@ -163,7 +164,8 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         units = np.concatenate((gone, choose_positions(found, scores[1], graph.alive, policy, gone)))
     else:
         choices = offered(found, scores, graph.alive, max_pruning_ratio, round_to, lambda f: ratio_of_rows[id(f)])
-        spent = spend(graph.coupling, graph.alive, choices, target, wish, {}, _judge(graph, wish))
+        special: dict[str, Measure] = {"memory": MemoryModel(graph.coupling)} if target.memory is not None else {}
+        spent = spend(graph.coupling, graph.alive, choices, target, wish, special, _judge(graph, wish))
         units, budget = spent.units, spent.budget
     if units.size == 0:
         raise NothingToPruneError(f"{target} removes nothing: the groups are too small for it; ask for more")
