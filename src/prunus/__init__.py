@@ -15,6 +15,7 @@ from prunus.hints import freeze
 from prunus.plan import Plan
 from prunus.pruning import PruneResult, prune
 from prunus.rules import remove_rule, rule
+from prunus.sensitivity import Sensitivity, sensitivity
 from prunus.sizes import Fact
 from prunus.surgery import Receipt, apply
 from prunus.verification import VerifyReport, verify
@@ -30,6 +31,7 @@ __all__ = [
     "PruneResult",
     "PrunusError",
     "Receipt",
+    "Sensitivity",
     "SurgeryError",
     "Target",
     "TargetError",
@@ -44,6 +46,7 @@ __all__ = [
     "pruner",
     "remove_rule",
     "rule",
+    "sensitivity",
     "utils",
     "verify",
 ]
