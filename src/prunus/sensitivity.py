@@ -155,9 +155,10 @@ class SensitivityImportance(Importance):
             shares, drops = np.append(shares, 1.0), np.append(drops, drops[-1] + slope * (1 - shares[-1]))
         gone = np.arange(count + 1) / count
         lost = np.maximum.accumulate(np.diff(np.interp(gone, shares, drops)))
-        tiny = 1e-9 * max(float(drops[-1]), 1e-12) / count
+        tiny = 1e-6 * max(float(drops[-1]), 1e-12) / count
+        lost = lost * (1 + 1e-3 * gone[1:]) + tiny * gone[1:]  # equal slopes keep the order of the base criterion
         scores = torch.empty(count, dtype=torch.float32)
-        scores[base.detach().cpu().double().argsort(stable=True)] = torch.from_numpy(lost + tiny * gone[1:]).float()
+        scores[base.detach().cpu().double().argsort(stable=True)] = torch.from_numpy(lost).float()
         return scores
 
 
