@@ -29,7 +29,7 @@ LEVELS = [
     {"plan"},
     {"surgery", "handlers", "cost", "importance", "functions"},
     {"selection", "heads", "regularize", "recover", "recipe", "report", "allocation", "budget", "obstacles"},
-    {"group", "graph", "pruner", "pruning", "verification", "utils", "spending", "sensitivity", "inspection"},
+    {"group", "graph", "pruner", "pruning", "verification", "utils", "spending", "sensitivity", "inspection", "speed"},
     {"integrations"},
     {"cli", "__main__"},
 ]

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from prunus.allocation import Allocation, offered
+from prunus.allocation import Allocation, Offered, offered
 from prunus.budget import Budget, Target
-from prunus.cost import MemoryModel
+from prunus.cost import LatencyModel, LatencyTable, MemoryModel
 from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
 from prunus.heads import choose_positions, choose_rows, offer
@@ -22,6 +22,7 @@ from prunus.pruner import Criterion, HeadShares, score_offer
 from prunus.report import frozen_text, layer_table, render
 from prunus.selection import Policy
 from prunus.sizes import Fact
+from prunus.speed import Timing, spend_time
 from prunus.spending import Measure, Wish, spend
 from prunus.surgery import Receipt
 from prunus.tracing import ForwardFn, Inputs
@@ -77,6 +78,7 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     allocation: str | Allocation | None = None,
     search: int = 0,
     metric: Callable[[Any], float] | None = None,
+    latency_table: LatencyTable | None = None,
     prune_num_heads: bool = False,
     prune_head_dims: bool = True,
     head_pruning_ratio: float = 0.0,
@@ -106,6 +108,8 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
             :data:`~prunus.allocation.Allocation`.
         search: how many allocations to judge by ``metric`` (0: none, take ``allocation`` as it is).
         metric: ``metric(model) -> float`` of the cut model on calibration data, higher is better; for ``search``.
+        latency_table: measured times of calls, for a target with a latency; default those of the model's device, kept
+            under ``~/.cache/prunus``.
         prune_num_heads: whole heads go (rows over which a contraction is batched: heads of attention with the query
             heads they serve, experts, groups of a convolution); without it, only where nothing inside them can go.
         prune_head_dims: positions inside heads go (after whole heads, in the same plan); without it they stay, and so
@@ -163,9 +167,21 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         gone = choose_rows(found, scores[0], graph.alive, by_rows)
         units = np.concatenate((gone, choose_positions(found, scores[1], graph.alive, policy, gone)))
     else:
-        choices = offered(found, scores, graph.alive, max_pruning_ratio, round_to, lambda f: ratio_of_rows[id(f)])
+
+        def choices(step: int | None) -> Offered:
+            return offered(found, scores, graph.alive, max_pruning_ratio, step, lambda f: ratio_of_rows[id(f)])
+
         special: dict[str, Measure] = {"memory": MemoryModel(graph.coupling)} if target.memory is not None else {}
-        spent = spend(graph.coupling, graph.alive, choices, target, wish, special, _judge(graph, wish))
+        judge = _cut_and(graph, metric or (lambda m: 0.0))
+        if target.latency is None:
+            spent = spend(graph.coupling, graph.alive, choices(round_to), target, wish, special, judge)
+        else:
+            table = latency_table
+            if table is None:
+                table = LatencyTable(next((p.device for p in model.parameters()), "cpu"))
+            timing = _timing(graph, LatencyModel(graph.coupling, example_inputs, table, forward_fn), choices)
+            spent = spend_time(graph.alive, timing, target, wish, special, round_to, judge)
+            table.save()
         units, budget = spent.units, spent.budget
     if units.size == 0:
         raise NothingToPruneError(f"{target} removes nothing: the groups are too small for it; ask for more")
@@ -174,14 +190,25 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     return PruneResult(receipt.plan, receipt, graph, (before, graph.alive), budget)
 
 
-def _judge(graph: DependencyGraph, wish: Wish) -> Callable[[Ids], float]:
-    """The metric of the model without some units; the model is as it was afterwards."""
+def _cut_and(graph: DependencyGraph, measure: Callable[[nn.Module], float]) -> Callable[[Ids], float]:
+    """A measure of the model without some units; the model is as it was afterwards."""
 
-    def judge(units: Ids) -> float:
+    def measured(units: Ids) -> float:
         receipt = graph._prune(units, record_history=False)
         try:
-            return wish.metric(graph.model) if wish.metric is not None else 0.0
+            return measure(graph.model)
         finally:
             receipt.undo()
 
-    return judge
+    return measured
+
+
+def _timing(graph: DependencyGraph, model: LatencyModel, choices: Callable[[int | None], Offered]) -> Timing:
+    """What a search for a latency needs."""
+
+    def without(units: Ids) -> Alive:
+        left = graph.alive.copy()
+        left[graph.coupling.atoms_of(units)] = False
+        return left
+
+    return Timing(model, _cut_and(graph, lambda m: model.measured()), choices, without)

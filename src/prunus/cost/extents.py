@@ -21,7 +21,7 @@ class Extents:
         self._rows: list[Ids] = []
         self._owner: list[int] = []  # the place that each row belongs to
         self._fixed: list[int] = []  # by place: its size, -1 for one that has rows
-        self._kept: list[Ids] = []  # ids are known by identity: they must not go while they are
+        self._ids: dict[int, Ids] = {}  # by place; ids are known by identity, and must not go while they are
         self._flat: tuple[Ids, Ids, Ids] | None = None
 
     def dim(self, ids: Ids | None, size: int) -> int:
@@ -34,12 +34,16 @@ class Extents:
             if ids is None:
                 self._fixed.append(size)
             else:
-                self._kept.append(ids)
+                self._ids[found] = ids
                 rows = ids.reshape(-1, ids.shape[-1])
                 self._rows.extend(rows)
                 self._owner.extend([found] * len(rows))
                 self._fixed.append(-1)
         return found
+
+    def ids(self, place: int) -> Ids | None:
+        """The atoms of the dim at a place; None for a fixed size."""
+        return self._ids.get(place)
 
     def shape(self, tensor: Labelled) -> tuple[int, ...]:
         """The places of the dims of a tensor."""
