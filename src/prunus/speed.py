@@ -15,7 +15,7 @@ from prunus.plan import Alive, footprint
 from prunus.spending import Measure, Wish, spend
 
 ROUNDINGS = (1, 8, 16, 32)  # widths that stay are multiples of one of them
-CORRECTIONS = 4  # of the search's limit, by what the calls take at the very widths that it found
+CORRECTIONS = 6  # of the search's limit, by what the calls take at the very widths that it found
 CLOSE = 0.02  # of the limit: a plan within it is not corrected again
 TURNS = 5
 
@@ -78,7 +78,8 @@ class _Search:
                 found, reached = next_one, exact
             if (1 - CLOSE) * self.limit <= exact <= self.limit:
                 break
-            most *= self.limit / exact * (0.995 if exact > self.limit else 1.0)
+            between = next_one.budget.reached["latency"]  # what this plan was thought to take
+            most = min(most, between * 0.995) * self.limit / exact if exact > self.limit else most * self.limit / exact
         if found is None:
             raise TargetError(f"{self.target}: times at single widths vary too much; try again on an idle machine")
         if self.wish.search:

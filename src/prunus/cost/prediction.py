@@ -98,7 +98,8 @@ class LatencyModel:
     def calibrate(self, alive: Alive, measured: float) -> None:
         """Let the sum of calls and a constant explain two models: the dense one, and one with only the ``alive`` atoms.
 
-        Calls inside a model are not taken to be faster than they are alone, nor the constant to be negative.
+        The constant is not taken to be negative, nor calls to be less than half as slow as they are alone, or than the
+        dense model says; a measurement that says so met noise.
 
         Args:
             alive: what is left of the second model.
@@ -108,7 +109,8 @@ class LatencyModel:
         if self._parts - parts < 0.02 * self._parts:
             return
         steepest = self.dense / self._parts
-        self._scale = min(max((self.dense - measured) / (self._parts - parts), 1.0), steepest)
+        slope = (self.dense - measured) / (self._parts - parts)
+        self._scale = min(max(slope, 0.5 * min(1.0, steepest)), steepest)
         self._overhead = self.dense - self._scale * self._parts
 
     def _sum(self, sizes: Any, exact: bool) -> float:
