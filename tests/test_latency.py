@@ -191,6 +191,10 @@ def test_what_cannot_be_met_or_is_met_already_is_refused(model_state: Any, state
     with pytest.raises(InputError, match="within the budget already"):
         prunus.prune(model, X, Target(latency=1000), latency_table=table())
     assert states_equal(before, model_state(model))
+    with pytest.raises(InputError, match="meta"):
+        prunus.prune(
+            Network().to("meta"), X.to("meta"), Target(latency=0.5), importance=prunus.importance.RandomImportance()
+        )
 
 
 def test_a_table_is_kept_on_disk_and_merged(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
 from prunus.allocation import Allocation, Offered, offered
-from prunus.budget import Budget, Target
+from prunus.budget import Budget, Found, Target
 from prunus.cost import LatencyModel, LatencyTable, MemoryModel
 from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
@@ -171,23 +172,39 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         def choices(step: int | None) -> Offered:
             return offered(found, scores, graph.alive, max_pruning_ratio, step, lambda f: ratio_of_rows[id(f)])
 
-        special: dict[str, Measure] = {"memory": MemoryModel(graph.coupling)} if target.memory is not None else {}
-        judge = _cut_and(graph, metric or (lambda m: 0.0))
-        if target.latency is None:
-            spent = spend(graph.coupling, graph.alive, choices(round_to), target, wish, special, judge)
-        else:
-            table = latency_table
-            if table is None:
-                table = LatencyTable(next((p.device for p in model.parameters()), "cpu"))
-            timing = _timing(graph, LatencyModel(graph.coupling, example_inputs, table, forward_fn), choices)
-            spent = spend_time(graph.alive, timing, target, wish, special, round_to, judge)
-            table.save()
+        spent = _spend(graph, target, wish, choices, round_to, (example_inputs, forward_fn, latency_table))
         units, budget = spent.units, spent.budget
     if units.size == 0:
         raise NothingToPruneError(f"{target} removes nothing: the groups are too small for it; ask for more")
     before = graph.alive
     receipt = graph._prune(units, optimizer=optimizer)
     return PruneResult(receipt.plan, receipt, graph, (before, graph.alive), budget)
+
+
+def _spend(
+    graph: DependencyGraph,
+    target: Target,
+    wish: Wish,
+    choices: Callable[[int | None], Offered],
+    round_to: int | None,
+    run: tuple[Inputs, ForwardFn | None, LatencyTable | None],
+) -> Found:
+    """The units to remove so that budgets are met."""
+    coupling, alive = graph.coupling, graph.alive
+    special: dict[str, Measure] = {"memory": MemoryModel(coupling)} if target.memory is not None else {}
+    judge = _cut_and(graph, wish.metric or (lambda m: 0.0))
+    if target.latency is None:
+        return spend(coupling, alive, choices(round_to), target, wish, special, judge)
+    inputs, forward_fn, table = run
+    device = next((p.device for p in graph.model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise InputError(f"{target}: a model on the meta device does not run; put it on the device to be timed")
+    table = LatencyTable(device) if table is None else table
+    timing = _timing(graph, LatencyModel(coupling, inputs, table, forward_fn), choices)
+    try:
+        return spend_time(alive, timing, target, wish, special, round_to, judge)
+    finally:
+        table.save()
 
 
 def _cut_and(graph: DependencyGraph, measure: Callable[[nn.Module], float]) -> Callable[[Ids], float]:

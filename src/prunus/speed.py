@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from prunus.allocation import Offered
@@ -18,6 +19,8 @@ ROUNDINGS = (1, 8, 16, 32)  # widths that stay are multiples of one of them
 CORRECTIONS = 6  # of the search's limit, by what the calls take at the very widths that it found
 CLOSE = 0.02  # of the limit: a plan within it is not corrected again
 TURNS = 5
+TRUST = 0.04  # a prediction that is further from what is measured is made again, from what was measured
+LESSONS = 2  # how often
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,11 @@ class _Search:
         """What a plan takes when every call is timed at its very widths."""
         return self.timing.model.exact(self.timing.without(found.units))
 
+    def learn(self, found: Found, times: tuple[float, float]) -> None:
+        """Let predictions fit what the whole model and a plan were measured at, in turns."""
+        whole, cut = times
+        self.timing.model.calibrate(self.timing.without(found.units), cut / whole * self.timing.model.dense)
+
     def corrected(self, step: int | None) -> Found:
         """A plan with widths in multiples of ``step`` that takes at most the limit at its very widths.
 
@@ -105,7 +113,8 @@ def spend_time(
 
     A first plan is measured, so that predictions fit this model on this machine. Then widths of any number and in
     multiples of 8, 16 and 32 are compared (or only ``round_to``), each with its calls timed at the very widths, and
-    the plan with the most multiply-adds left wins. It is then timed against the whole model, in turns.
+    the plan with the most multiply-adds left wins. It is then timed against the whole model, in turns; where that is
+    not what was predicted, predictions learn from it and the widths are found again, twice at most.
 
     Args:
         alive: the atoms that are there now.
@@ -126,16 +135,25 @@ def spend_time(
         raise InputError(f"{target}: the model takes {model.dense:.3g} ms as it is, which is within the budget already")
     search = _Search(alive, timing, target, limit, wish, special, judge)
     first = search.solve(timing.choices(round_to), limit, Wish(wish.allocation))
-    model.calibrate(timing.without(first.units), timing.measure(first.units))
-    plans: list[tuple[int, Found]] = []
+    search.learn(first, timing.in_turns(first.units))
+    plans: list[tuple[int, int, Found]] = []
     failures: list[TargetError] = []
     for step in ROUNDINGS if round_to is None else (round_to,):
         try:
             found = search.corrected(step)
-            plans.append((footprint(model.coupling, timing.without(found.units)).macs, found))
+            plans.append((footprint(model.coupling, timing.without(found.units)).macs, step, found))
         except TargetError as error:
             failures.append(error)
     if not plans:
         raise failures[0]
-    best = max(plans, key=lambda pair: pair[0])[1]
-    return replace(best, budget=replace(best.budget, measured=timing.in_turns(best.units)))
+    best = max(plans, key=lambda pair: pair[0])[2]
+    step = next(step for _, step, found in plans if found is best)
+    for again in range(LESSONS + 1):
+        times = timing.in_turns(best.units)
+        predicted = best.budget.reached["latency"] / model.dense
+        if again == LESSONS or abs(times[1] / times[0] / predicted - 1) <= TRUST:
+            break
+        search.learn(best, times)
+        with suppress(TargetError):  # else the plan stays, and what it was measured at is told
+            best = search.corrected(step)
+    return replace(best, budget=replace(best.budget, measured=times))
