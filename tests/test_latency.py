@@ -239,5 +239,5 @@ def test_the_stopwatch_takes_turns_and_is_positive() -> None:
     ran: list[bool] = []
     taken = stopwatch(lambda: ran.append(torch.is_inference_mode_enabled()), torch.device("cpu"))
     assert taken > 0
-    assert len(ran) >= 7
+    assert len(ran) >= 4
     assert all(ran)

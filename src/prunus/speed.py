@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -19,6 +18,7 @@ ROUNDINGS = (1, 8, 16, 32)  # widths that stay are multiples of one of them
 CORRECTIONS = 6  # of the search's limit, by what the calls take at the very widths that it found
 CLOSE = 0.02  # of the limit: a plan within it is not corrected again
 TURNS = 5
+UNSTEADY = 1.25  # by so much two measurements of one model may differ
 TRUST = 0.04  # a prediction that is further from what is measured is made again, from what was measured
 LESSONS = 2  # how often
 
@@ -37,9 +37,9 @@ class Timing:
     without: Callable[[Ids], Alive]
 
     def in_turns(self, units: Ids) -> tuple[float, float]:
-        """The milliseconds of the whole model and of the one without ``units``: medians over turns."""
+        """The milliseconds of the whole model and of the one without ``units``: the shortest of several turns."""
         turns = [(self.model.measured(), self.measure(units)) for _ in range(TURNS)]
-        return statistics.median(a for a, _ in turns), statistics.median(b for _, b in turns)
+        return min(a for a, _ in turns), min(b for _, b in turns)
 
 
 @dataclass(frozen=True)
@@ -135,7 +135,8 @@ def spend_time(
         raise InputError(f"{target}: the model takes {model.dense:.3g} ms as it is, which is within the budget already")
     search = _Search(alive, timing, target, limit, wish, special, judge)
     first = search.solve(timing.choices(round_to), limit, Wish(wish.allocation))
-    search.learn(first, timing.in_turns(first.units))
+    turns = timing.in_turns(first.units)
+    search.learn(first, turns)
     plans: list[tuple[int, int, Found]] = []
     failures: list[TargetError] = []
     for step in ROUNDINGS if round_to is None else (round_to,):
@@ -145,7 +146,7 @@ def spend_time(
         except TargetError as error:
             failures.append(error)
     if not plans:
-        raise failures[0]
+        raise TargetError(f"{failures[0]}{_unsteady(model.dense, turns[0])}")
     best = max(plans, key=lambda pair: pair[0])[2]
     step = next(step for _, step, found in plans if found is best)
     for again in range(LESSONS + 1):
@@ -156,4 +157,12 @@ def spend_time(
         search.learn(best, times)
         with suppress(TargetError):  # else the plan stays, and what it was measured at is told
             best = search.corrected(step)
-    return replace(best, budget=replace(best.budget, measured=times))
+    note = best.budget.note + _unsteady(model.dense, times[0])
+    return replace(best, budget=replace(best.budget, measured=times, note=note.removeprefix("; ")))
+
+
+def _unsteady(one: float, other: float) -> str:
+    """A clause that says so where two measurements of one model differ too much to be relied on."""
+    if max(one, other) <= UNSTEADY * min(one, other):
+        return ""
+    return f"; the whole model took {one:.3g} ms, then {other:.3g} ms, so the machine was busy: try again when idle"

@@ -72,7 +72,7 @@ def number(option: str, text: str | None) -> float | int | None:
     if found is None or found[2].lower() not in _FACTORS:
         raise InputError(f"{option}={text!r} is no number: give a share such as 0.5 or 50%, or a number such as 1.5G")
     digits, unit = found[1], found[2].lower()
-    value = float(digits) * _FACTORS[unit]
+    value = round(float(digits) * _FACTORS[unit], 12)
     whole = value.is_integer() and (unit not in ("", "%") or "." not in digits) and unit != "%"
     return int(value) if whole else value
 

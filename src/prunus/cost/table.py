@@ -17,10 +17,11 @@ import torch
 from prunus.cost.recorded import Call, Shape
 
 CACHE = "PRUNUS_CACHE"
-LEAST_S = 0.004  # of timed calls for one entry
+LEAST_S = 0.01  # of timed calls for one entry
 COLD = 48 << 20  # bytes of weights, more than caches hold
+LONG_S = 0.2  # after which few calls will do
 MOST_CALLS = 60
-FEWEST_CALLS = 5
+FEWEST_CALLS = 6
 
 Timer = Callable[[Callable[[], Any], torch.device], float]
 """``(call, device) -> milliseconds`` of one call."""
@@ -51,19 +52,27 @@ def _processor() -> str:
 
 
 def stopwatch(thunk: Callable[[], Any], device: torch.device) -> float:
-    """The shortest of at least 5 calls in milliseconds, after two to warm up: other programs only make it longer."""
+    """The shortest of some calls in milliseconds, after one to warm up: what else runs only makes them longer.
+
+    It makes at least six calls, and more of short ones; three will do where they are long.
+    """
     wait: Callable[[], Any] = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
     with torch.inference_mode():
-        for _ in range(2):
-            thunk()
+        thunk()
         wait()
         seconds: list[float] = []
-        while len(seconds) < FEWEST_CALLS or (sum(seconds) < LEAST_S and len(seconds) < MOST_CALLS):
+        while not _enough(len(seconds), sum(seconds)):
             start = time.perf_counter()
             thunk()
             wait()
             seconds.append(time.perf_counter() - start)
     return 1000 * min(seconds)
+
+
+def _enough(calls: int, seconds: float) -> bool:
+    if seconds > LONG_S:
+        return calls >= 3
+    return calls >= FEWEST_CALLS and (seconds >= LEAST_S or calls >= MOST_CALLS)
 
 
 class LatencyTable:
@@ -110,7 +119,7 @@ class LatencyTable:
         A call that cannot be made on its own at these shapes is taken to cost what it did at the traced shapes, for
         each number that its tensors hold.
         """
-        key = call.signature(shapes) + (" cold" if cold else "")
+        key = _key(call, shapes, cold)
         found = self._times.get(key)
         if found is None:
             try:
@@ -126,6 +135,14 @@ class LatencyTable:
             self._new += 1
         return found
 
+    def again(self, call: Call, shapes: Sequence[Shape], cold: bool = False) -> float:
+        """Measure a call once more, and remember the shorter of both times: the other one may have met noise."""
+        before = self.time(call, shapes, cold)
+        key = _key(call, shapes, cold)
+        del self._times[key]
+        self._times[key] = min(before, self.time(call, shapes, cold))
+        return self._times[key]
+
     def save(self) -> None:
         """Write what is new to disk, beside what other processes wrote meanwhile; a read-only disk is no error."""
         if self.path is None or not self._new:
@@ -140,6 +157,10 @@ class LatencyTable:
             self._new = 0
         except OSError:
             return
+
+
+def _key(call: Call, shapes: Sequence[Shape], cold: bool) -> str:
+    return call.signature(shapes) + (" cold" if cold else "")
 
 
 def _read(path: Path) -> dict[str, float]:
