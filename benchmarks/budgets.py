@@ -136,13 +136,14 @@ def measure(network: str, budget: str, share: float, allocation: str) -> Row:
     import prunus
     import prunus.pruning
     from prunus.cost import count
+    from prunus.tracing import call_model
 
     torch.manual_seed(0)
     model, inputs, options = NETWORKS[network]()
     model.eval()
     forward_fn = options.get("forward_fn")
     taken: list[float] = []
-    spend = prunus.pruning.spend
+    spend = prunus.pruning._spend
 
     def timed(*args: Any) -> Any:
         start = time.thread_time()
@@ -151,17 +152,18 @@ def measure(network: str, budget: str, share: float, allocation: str) -> Row:
         return found
 
     try:
-        count(model, inputs, forward_fn)
-        start = time.thread_time()
-        count(model, inputs, forward_fn)
-        forward = time.thread_time() - start
-        prunus.pruning.spend = timed
+        with torch.inference_mode():
+            call_model(model, inputs, forward_fn)
+            start = time.thread_time()
+            call_model(model, inputs, forward_fn)
+            forward = time.thread_time() - start
+        prunus.pruning._spend = timed
         result = prunus.prune(model, inputs, prunus.Target(**{budget: share}), allocation=allocation, **options)
         counted = getattr(count(model, inputs, forward_fn), budget)
     except Exception as error:
         return Row(network, budget, share, error=f"{type(error).__name__}: {error}")
     finally:
-        prunus.pruning.spend = spend
+        prunus.pruning._spend = spend
     dense, now = getattr(result.before, budget), getattr(result.after, budget)
     below = 1 - counted / (share * dense)
     reason = result.budget.note if result.budget is not None else ""
