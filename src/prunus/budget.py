@@ -22,7 +22,7 @@ from prunus.plan import Footprint
 BUDGETS = ("macs", "params", "memory", "latency")
 CLOSE = 0.005  # of a budget: what is left of it is not worth another look
 SLACK = 0.02  # of a budget: the result says why when more than this is left of it
-TRIES = 200  # of single removals that are given back
+TRIES = 80  # of single removals that are given back
 
 Costs = Mapping[str, float]  # by the name of the budget
 

@@ -10,11 +10,12 @@ import numpy as np
 
 from prunus.allocation import Allocation, Course, Offered, blend, check_allocation, course, keys_of, mutated
 from prunus.budget import BUDGETS, Costs, Found, Target, best_of, meet
+from prunus.cost.extents import PlanCost
 from prunus.coupling import Coupling
 from prunus.errors import InputError
 from prunus.labels import Ids
 from prunus.obstacles import obstacles
-from prunus.plan import Alive, footprint
+from prunus.plan import Alive
 
 Measure = Callable[[Alive], float]
 
@@ -44,14 +45,15 @@ def costs_of(coupling: Coupling, alive: Alive, target: Target, special: dict[str
 
     ``special`` measures what is not in the footprint: memory, latency.
     """
+    count = PlanCost(coupling)
 
     def costs(units: Ids) -> Costs:
         left = alive.copy()
         left[coupling.atoms_of(units)] = False
         found: dict[str, float] = {}
         if {"macs", "params"} & target.asked.keys():
-            plain = footprint(coupling, left)
-            found = {"macs": float(plain.macs), "params": float(plain.params)}
+            macs, params = count(left)
+            found = {"macs": float(macs), "params": float(params)}
         found.update({name: special[name](left) for name in target.asked if name in special})
         return {name: found[name] for name in BUDGETS if name in target.asked}
 
