@@ -327,7 +327,7 @@ def test_the_fast_count_of_a_plan_is_the_footprint(ratio: float) -> None:
     networks: list[tuple[nn.Module, torch.Tensor]] = [
         (shufflenet_v2_x0_5(), torch.randn(1, 3, 32, 32)),
         (VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10), torch.randn(1, 3, 32, 32)),
-        (nn.LSTM(8, 12, num_layers=2), torch.randn(3, 2, 8)),
+        (nn.Sequential(nn.Linear(8, 16), nn.LSTM(16, 12, num_layers=2)), torch.randn(3, 2, 8)),
     ]
     for model, inputs in networks:
         graph = prunus.prune(model.eval(), inputs, prunus.Target(ratio=ratio)).graph
