@@ -112,7 +112,7 @@ class Budget:
     """What was asked for and what was found: ``dense``, ``limits`` and ``reached`` by the name of the budget.
 
     ``note`` says why more than 2 % of the tightest budget is left ("" where it is not); ``measured`` has the latency of
-    the dense and of the pruned model in milliseconds, timed in turns, where a latency was asked for.
+    the dense and of the pruned model in milliseconds, the shortest of several turns, where a latency was asked for.
     """
 
     target: Target
