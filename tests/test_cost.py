@@ -12,8 +12,11 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+import prunus
 from prunus.cost import Cost, count, count_ops_and_params, count_params, latency
+from prunus.cost.extents import PlanCost
 from prunus.errors import InputError
+from prunus.plan import footprint
 
 
 class Function(nn.Module):
@@ -314,3 +317,19 @@ def test_detector_counts_and_keeps_its_caches() -> None:
     assert cost.params == 3_157_200
     assert cost.macs == pytest.approx(4.37e9, rel=5e-3)
     assert dict(vars(model.model[-1])) == before
+
+
+@pytest.mark.parametrize("ratio", [0.25, 0.6])
+def test_the_fast_count_of_a_plan_is_the_footprint(ratio: float) -> None:
+    """Convolutions in groups, attention with head dims, and a recurrent layer, each cut."""
+    from torchvision.models import VisionTransformer, shufflenet_v2_x0_5
+
+    networks: list[tuple[nn.Module, torch.Tensor]] = [
+        (shufflenet_v2_x0_5(), torch.randn(1, 3, 32, 32)),
+        (VisionTransformer(32, 8, 2, 4, 32, 64, num_classes=10), torch.randn(1, 3, 32, 32)),
+        (nn.Sequential(nn.Linear(8, 16), nn.LSTM(16, 12, num_layers=2)), torch.randn(3, 2, 8)),
+    ]
+    for model, inputs in networks:
+        graph = prunus.prune(model.eval(), inputs, prunus.Target(ratio=ratio)).graph
+        expected = footprint(graph.coupling, graph.alive)
+        assert PlanCost(graph.coupling)(graph.alive) == (expected.macs, expected.params)

@@ -28,9 +28,9 @@ LEVELS = [
     {"coupling"},
     {"drops", "plan"},
     {"surgery", "containers", "handlers", "cost", "calibration", "importance", "functions"},
-    {"selection", "heads", "regularize", "recover", "recipe", "report"},
+    {"selection", "heads", "regularize", "recover", "recipe", "report", "allocation", "budget", "obstacles"},
     {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "blocks", "utils"}
-    | {"ops", "dependency", "serialization"},
+    | {"ops", "dependency", "serialization", "spending", "sensitivity", "inspection", "speed"},
     {"integrations"},
     {"cli", "__main__"},
 ]

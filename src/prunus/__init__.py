@@ -9,6 +9,7 @@ from prunus import functions as function
 from prunus import pruner as algorithms
 from prunus._version import __version__
 from prunus.blocks import Block, DropResult, drop_blocks, find_blocks
+from prunus.budget import Target
 from prunus.calibration import Calibration, calibrate
 from prunus.dependency import INDEX_MAPPING_PLACEHOLDER, MAX_RECURSION_DEPTH, MAX_VALID_DIM
 from prunus.errors import InputError, NothingToPruneError, PrunusError, SurgeryError, TargetError
@@ -28,7 +29,7 @@ from prunus.pruner import (
 )
 from prunus.pruning import PruneResult, prune
 from prunus.rules import remove_rule, rule
-from prunus.selection import Target
+from prunus.sensitivity import Sensitivity, sensitivity
 from prunus.serialization import load, load_state_dict, save, state_dict
 from prunus.sizes import Fact
 from prunus.soft import SoftPruning, soft_prune
@@ -59,6 +60,7 @@ __all__ = [
     "PruneResult",
     "PrunusError",
     "Receipt",
+    "Sensitivity",
     "SoftPruning",
     "SurgeryError",
     "Target",
@@ -86,6 +88,7 @@ __all__ = [
     "rule",
     "save",
     "scheduler",
+    "sensitivity",
     "serialization",
     "soft_prune",
     "state_dict",

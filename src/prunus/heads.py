@@ -87,17 +87,15 @@ def positions_to_go(found: Offer, scores: Scores, alive: Alive, policy: Policy, 
     left = alive.copy()
     left[found.coupling.atoms_of(gone)] = False
     living = found.coupling.alive_units(left)
-    rankings = [rank(f, scores, living) for f in found.families]
-    if policy.round_to is not None and policy.round_to > 1:
-        rankings = [replace(r, widths=_widths(found.coupling, r)) for r in rankings]
+    rankings = [with_widths(found.coupling, rank(f, scores, living), policy.round_to) for f in found.families]
     return choose_each(rankings, policy)
 
 
-def _widths(coupling: Coupling, ranking: Ranking) -> tuple[int, ...]:
-    """How many positions a bundle takes of each dim of each tensor, each number once."""
-    if not len(ranking):
-        return ()
-    return tuple(sorted(set(positions_of(coupling, ranking.table[0]).values())))
+def with_widths(coupling: Coupling, ranking: Ranking, round_to: int | None) -> Ranking:
+    """The ranking with how many positions a bundle takes of each dim of each tensor, if widths are to be rounded."""
+    if round_to is None or round_to <= 1 or not len(ranking):
+        return ranking
+    return replace(ranking, widths=tuple(sorted(set(positions_of(coupling, ranking.table[0]).values()))))
 
 
 def positions_of(coupling: Coupling, units: Ids) -> dict[tuple[int, int], int]:

@@ -7,8 +7,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 
+from prunus.allocation import Allocation, Offered, offered
+from prunus.budget import Budget, Found, Target
+from prunus.cost import LatencyModel, LatencyTable, MemoryModel
 from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
 from prunus.heads import choose_positions, choose_rows, offer
@@ -17,8 +21,10 @@ from prunus.labels import Ids
 from prunus.plan import Alive, Footprint, Plan
 from prunus.pruner import Criterion, HeadShares, score_offer
 from prunus.report import frozen_text, layer_table, render
-from prunus.selection import Policy, Target, choose_for_target
+from prunus.selection import Policy
 from prunus.sizes import Fact
+from prunus.speed import Timing, spend_time
+from prunus.spending import Measure, Wish, spend
 from prunus.surgery import Receipt
 from prunus.tracing import ForwardFn, Inputs
 
@@ -31,6 +37,7 @@ class PruneResult:
     receipt: Receipt
     graph: DependencyGraph
     _alive: tuple[Alive, Alive]
+    budget: Budget | None = None
 
     @property
     def before(self) -> Footprint:
@@ -55,7 +62,8 @@ class PruneResult:
         table = layer_table(self.graph.coupling, *self._alive, before, after)
         macs, params = after.macs / max(before.macs, 1), after.params / max(before.params, 1)
         left = f"{macs:.1%} of the MACs and {params:.1%} of the parameters are left."
-        return "\n".join((render(table), left, *self.plan.notes))
+        spent = (str(self.budget),) if self.budget is not None else ()
+        return "\n".join((render(table), left, *spent, *self.plan.notes))
 
 
 def prune(  # noqa: PLR0913 - each keyword is a choice of the user
@@ -68,6 +76,10 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     round_to: int | None = None,
     max_pruning_ratio: float = 1.0,
     global_pruning: bool = False,
+    allocation: str | Allocation | None = None,
+    search: int = 0,
+    metric: Callable[[Any], float] | None = None,
+    latency_table: LatencyTable | None = None,
     prune_num_heads: bool = False,
     prune_head_dims: bool = True,
     head_pruning_ratio: float = 0.0,
@@ -91,6 +103,14 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         round_to: widths that stay are multiples of it, where a group allows it.
         max_pruning_ratio: the largest share of any group.
         global_pruning: rank all groups together instead of taking the same share of each.
+        allocation: how a budget is spread over the groups: "uniform" (the same share of each, the default), "global"
+            (one threshold over all scores, the default with ``global_pruning``), "greedy" (the lowest score for each
+            bit of cost saved first, for scores that compare across layers), or a
+            :data:`~prunus.allocation.Allocation`.
+        search: how many allocations to judge by ``metric`` (0: none, take ``allocation`` as it is).
+        metric: ``metric(model) -> float`` of the cut model on calibration data, higher is better; for ``search``.
+        latency_table: measured times of calls, for a target with a latency; default those of the model's device, kept
+            under ``~/.cache/prunus``.
         prune_num_heads: whole heads go (rows over which a contraction is batched: heads of attention with the query
             heads they serve, experts, groups of a convolution); without it, only where nothing inside them can go.
         prune_head_dims: positions inside heads go (after whole heads, in the same plan); without it they stay, and so
@@ -122,6 +142,7 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         raise InputError(f"target={target!r}: pass a prunus.Target, such as Target(macs=0.5)")
     if not 0 < max_pruning_ratio <= 1:
         raise InputError(f"max_pruning_ratio={max_pruning_ratio!r}: must be above 0 and at most 1")
+    wish = Wish(allocation or ("global" if global_pruning else "uniform"), search, metric)
     heads = HeadShares(head_pruning_ratio, head_pruning_ratio_dict)
     graph = DependencyGraph().build_dependency(
         model,
@@ -137,18 +158,76 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     found = offer(graph.coupling, prune_num_heads, prune_head_dims)
     if not found:
         raise NothingToPruneError(f"nothing in this model may be removed:\n{frozen_text(graph.coupling)}")
-    of_rows, scores = score_offer(graph, found, importance or MagnitudeImportance())
+    found, *scores = score_offer(graph, found, importance or MagnitudeImportance())
+    if not found:
+        raise NothingToPruneError("the importance returned None for every group: it leaves all of them alone")
     ratio_of_rows = {id(f): heads.of(graph, f, found.by_rows) for f in found.rows}
-
-    def chosen(share: float) -> Ids:
+    budget = None
+    if target.ratio is not None:
+        share = target.ratio
         policy = Policy(lambda family: share, max_pruning_ratio, round_to, global_pruning)
         by_rows = replace(policy, ratio_of=lambda f: share if (own := ratio_of_rows[id(f)]) is None else own)
-        gone = choose_rows(found, of_rows, graph.alive, by_rows)
-        return np.concatenate((gone, choose_positions(found, scores, graph.alive, policy, gone)))
+        gone = choose_rows(found, scores[0], graph.alive, by_rows)
+        units = np.concatenate((gone, choose_positions(found, scores[1], graph.alive, policy, gone)))
+    else:
 
-    units = choose_for_target(graph.coupling, graph.alive, target, chosen)
+        def choices(step: int | None) -> Offered:
+            return offered(found, scores, graph.alive, max_pruning_ratio, step, lambda f: ratio_of_rows[id(f)])
+
+        spent = _spend(graph, target, wish, choices, round_to, (example_inputs, forward_fn, latency_table))
+        units, budget = spent.units, spent.budget
     if units.size == 0:
         raise NothingToPruneError(f"{target} removes nothing: the groups are too small for it; ask for more")
     before = graph.alive
     receipt = graph._prune(units, optimizer=optimizer)
-    return PruneResult(receipt.plan, receipt, graph, (before, graph.alive))
+    return PruneResult(receipt.plan, receipt, graph, (before, graph.alive), budget)
+
+
+def _spend(
+    graph: DependencyGraph,
+    target: Target,
+    wish: Wish,
+    choices: Callable[[int | None], Offered],
+    round_to: int | None,
+    run: tuple[Inputs, ForwardFn | None, LatencyTable | None],
+) -> Found:
+    """The units to remove so that budgets are met."""
+    coupling, alive = graph.coupling, graph.alive
+    special: dict[str, Measure] = {"memory": MemoryModel(coupling)} if target.memory is not None else {}
+    judge = _cut_and(graph, wish.metric or (lambda m: 0.0))
+    if target.latency is None:
+        return spend(coupling, alive, choices(round_to), target, wish, special, judge)
+    inputs, forward_fn, table = run
+    device = next((p.device for p in graph.model.parameters()), torch.device("cpu"))
+    if device.type == "meta":
+        raise InputError(f"{target}: a model on the meta device does not run; put it on the device to be timed")
+    table = LatencyTable(device) if table is None else table
+    timing = _timing(graph, LatencyModel(coupling, inputs, table, forward_fn), choices)
+    try:
+        return spend_time(alive, timing, target, wish, special, round_to, judge)
+    finally:
+        table.save()
+
+
+def _cut_and(graph: DependencyGraph, measure: Callable[[nn.Module], float]) -> Callable[[Ids], float]:
+    """A measure of the model without some units; the model is as it was afterwards."""
+
+    def measured(units: Ids) -> float:
+        receipt = graph._prune(units, record_history=False)
+        try:
+            return measure(graph.model)
+        finally:
+            receipt.undo()
+
+    return measured
+
+
+def _timing(graph: DependencyGraph, model: LatencyModel, choices: Callable[[int | None], Offered]) -> Timing:
+    """What a search for a latency needs."""
+
+    def without(units: Ids) -> Alive:
+        left = graph.alive.copy()
+        left[graph.coupling.atoms_of(units)] = False
+        return left
+
+    return Timing(model, _cut_and(graph, lambda m: model.measured()), choices, without)

@@ -1,4 +1,4 @@
-"""Selection: which bundles go, for a share of each family or for a budget."""
+"""Selection: which bundles go, for a share of each family."""
 
 from __future__ import annotations
 
@@ -12,56 +12,10 @@ import torch
 from numpy.typing import NDArray
 
 from prunus.coupling import Coupling, Family, UnitGroup
-from prunus.errors import InputError, TargetError
+from prunus.errors import InputError
 from prunus.labels import Ids
-from prunus.plan import Alive, Footprint, footprint
 
 Scores = NDArray[np.float64]  # one for each unit; NaN: not scored
-
-
-@dataclass(frozen=True)
-class Target:
-    """What must hold afterwards.
-
-    Args:
-        macs: multiply-adds at most: a float is a share of the dense model's, in (0, 1); an int is a number.
-        params: the same for parameters.
-        ratio: instead of a budget, the share of every group's units that goes, in (0, 1).
-
-    Raises:
-        InputError: nothing is asked, or a value is out of range.
-
-    Example:
-        >>> Target(macs=0.5)
-        Target(macs=0.5, params=None, ratio=None)
-    """
-
-    macs: float | int | None = None
-    params: float | int | None = None
-    ratio: float | None = None
-
-    def __post_init__(self) -> None:
-        budgets = {"macs": self.macs, "params": self.params}
-        if all(v is None for v in (*budgets.values(), self.ratio)):
-            raise InputError("the target asks for nothing: give macs=, params= or ratio=")
-        for name, value in budgets.items():
-            if value is None:
-                continue
-            if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise InputError(f"Target({name}={value!r}) is no number")
-            if (isinstance(value, float) and not 0 < value < 1) or value <= 0:
-                raise InputError(f"Target({name}={value!r}): give a share between 0 and 1, or a positive int")
-        if self.ratio is not None and not 0 < self.ratio < 1:
-            raise InputError(f"Target(ratio={self.ratio!r}): give a share between 0 and 1")
-        if self.ratio is not None and (self.macs is not None or self.params is not None):
-            raise InputError("Target: give either ratio= or budgets (macs=, params=), not both")
-
-    def met_by(self, dense: Footprint, now: Footprint) -> bool:
-        """Whether ``now`` is within the budgets, which are relative to ``dense``."""
-        for asked, full, have in ((self.macs, dense.macs, now.macs), (self.params, dense.params, now.params)):
-            if asked is not None and have > (asked * full if isinstance(asked, float) else asked):
-                return False
-        return True
 
 
 def default_families(coupling: Coupling) -> tuple[Family, ...]:
@@ -230,39 +184,3 @@ def _rounded(ranking: Ranking, kept: int, policy: Policy) -> int:
     least = -(-policy.floor(ranking, 1.0) // step) * step
     nearest = (2 * kept + step) // (2 * step) * step
     return min(max(nearest, step, least), now)
-
-
-def choose_for_target(coupling: Coupling, alive: Alive, target: Target, chosen: Callable[[float], Ids]) -> Ids:
-    """The units of the smallest uniform share that meets the target, found on the plan's cost.
-
-    ``chosen(share)`` are the units that go at a share.
-
-    Raises:
-        TargetError: even the largest share does not meet it.
-    """
-    dense = footprint(coupling, alive)
-    if target.ratio is not None:
-        return chosen(target.ratio)
-
-    def at(share: float) -> tuple[Ids, Footprint]:
-        units = chosen(share)
-        left = alive.copy()
-        left[coupling.atoms_of(units)] = False
-        return units, footprint(coupling, left)
-
-    most, least = at(1.0)
-    if not target.met_by(dense, least):
-        raise TargetError(
-            f"{target} cannot be met: with everything removed that may go, MACs are {least.macs / dense.macs:.1%} and "
-            f"parameters {least.params / dense.params:.1%} of the dense model; ask for a larger share, or ask "
-            "DependencyGraph.explain(layer) why a layer has to stay"
-        )
-    low, high, best = 0.0, 1.0, most
-    for _ in range(12):
-        middle = (low + high) / 2
-        units, cost = at(middle)
-        if target.met_by(dense, cost):
-            high, best = middle, units
-        else:
-            low = middle
-    return best

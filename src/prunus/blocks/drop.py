@@ -12,13 +12,13 @@ from torch import nn
 
 from prunus.blocks.find import Block, Search, Sums
 from prunus.blocks.silence import Silenced
+from prunus.budget import Target
 from prunus.drops import within
 from prunus.errors import InputError, NothingToPruneError, SurgeryError, TargetError
 from prunus.graph import DependencyGraph
 from prunus.opaque import matching
 from prunus.plan import Footprint, Plan
 from prunus.report import render
-from prunus.selection import Target
 from prunus.surgery import Receipt, apply
 from prunus.tracing import ForwardFn, Inputs
 

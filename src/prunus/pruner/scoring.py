@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from prunus.coupling import Coupling, UnitGroup
+from prunus.coupling import Coupling, Family, UnitGroup
 from prunus.errors import InputError
 from prunus.graph import DependencyGraph
 from prunus.group import Group
@@ -54,11 +55,22 @@ def score_with(
     return score
 
 
-def score_offer(graph: DependencyGraph, found: Offer, importance: Criterion) -> tuple[Scores, Scores]:
-    """The criterion's scores of the whole rows on offer, and of everything else."""
-    empty = np.full(graph.coupling.units.total, np.nan)
-    rows = score_units(found.by_rows, found.rows, score_with(graph, importance, found.by_rows)) if found.rows else empty
-    return rows, score_units(graph.coupling, found.families, score_with(graph, importance)) if found.families else empty
+def _scores(graph: DependencyGraph, coupling: Coupling, families: Sequence[Family], importance: Criterion) -> Scores:
+    if not families:
+        return np.full(coupling.units.total, np.nan)
+    return score_units(coupling, families, score_with(graph, importance, coupling))
+
+
+def score_offer(graph: DependencyGraph, found: Offer, importance: Criterion) -> tuple[Offer, Scores, Scores]:
+    """What is on offer and was scored, and the scores of whole rows and of everything else.
+
+    A family that the criterion left alone stays.
+    """
+    of_rows = _scores(graph, found.by_rows, found.rows, importance)
+    scores = _scores(graph, graph.coupling, found.families, importance)
+    rows = tuple(f for f in found.rows if not np.isnan(of_rows[f.units]).all())
+    families = tuple(f for f in found.families if not np.isnan(scores[f.units]).all())
+    return replace(found, rows=rows, families=families), of_rows, scores
 
 
 __all__ = ["Criterion", "score_offer", "score_with"]

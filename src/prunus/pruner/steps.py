@@ -37,7 +37,6 @@ from prunus.pruner.training import Penalties
 from prunus.pruner.wishes import Wishes
 from prunus.regularize import Regularizer
 from prunus.report import frozen_text
-from prunus.selection import Scores
 from prunus.soft import SoftPruning
 from prunus.tracing import ForwardFn, Inputs
 
@@ -240,17 +239,9 @@ class BasePruner:
         """Begin the schedule again; shares stay those of the widths at first."""
         self.current_step = 0
 
-    def _scored(self) -> tuple[Offer, Scores, Scores]:
-        """What is on offer and was scored; a family that the criterion left alone stays."""
-        found = self._offer
-        of_rows, scores = score_offer(self.DG, found, self.importance)
-        rows = tuple(f for f in found.rows if not np.isnan(of_rows[f.units]).all())
-        families = tuple(f for f in found.families if not np.isnan(scores[f.units]).all())
-        return replace(found, rows=rows, families=families), of_rows, scores
-
     def _units(self, step: int) -> Ids:
         """The units that go in a step: whole rows, and then positions of what is left."""
-        found, of_rows, scores = self._scored()
+        found, of_rows, scores = score_offer(self.DG, self._offer, self.importance)
         policy = self._wishes.policy(self._rules, step)
         gone = choose_rows(found, of_rows, self.DG.alive, policy)
         return np.concatenate((gone, choose_positions(found, scores, self.DG.alive, policy, gone)))
@@ -258,7 +249,7 @@ class BasePruner:
     def _next_groups(self) -> Iterator[Group]:
         """Whole heads first; then what goes from those that are left once the caller has dealt with them."""
         graph, policy = self.DG, self._wishes.policy(self._rules, self.current_step)
-        found, of_rows, scores = self._scored()
+        found, of_rows, scores = score_offer(self.DG, self._offer, self.importance)
         for units in rows_to_go(found, of_rows, graph.alive, policy):
             yield from self._group(units, found.by_rows)
         for units in positions_to_go(found, scores, graph.alive, policy, np.empty(0, dtype=np.int64)):

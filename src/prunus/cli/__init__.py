@@ -6,6 +6,9 @@ from typing import Annotated
 
 import typer
 
+from prunus.cli import models
+from prunus.cli.screen import errors_in_one_line, sizes
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -73,30 +76,31 @@ def yolo(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
 
 @app.command()
 def verify(
-    model: Annotated[str, typer.Argument(help="torchvision:NAME, a YOLO .yaml or .pt file, or MODULE:FACTORY.")],
-    shape: Annotated[str | None, typer.Option(help="Shape of the input, such as 1,3,224,224.")] = None,
+    model: models.Model,
+    shape: models.Shape = None,
     explain: Annotated[str | None, typer.Option(help="Also explain this layer (dotted name).")] = None,
     seed: Annotated[int, typer.Option(help="Seed of the weights, inputs and permutations.")] = 0,
 ) -> None:
     """Check numerically that a model's groups are right, and list what cannot be pruned and why."""
-    import torch
-    from rich.console import Console
+    with errors_in_one_line():
+        import torch
+        from rich.console import Console
 
-    import prunus
-    from prunus.errors import PrunusError
-    from prunus.integrations.sources import load
+        import prunus
+        from prunus.integrations.sources import load
 
-    console, problems = Console(soft_wrap=True), Console(stderr=True)
-    torch.manual_seed(seed)
-    try:
-        source = load(model, [int(n) for n in shape.split(",")] if shape else None)
+        console = Console(soft_wrap=True)
+        torch.manual_seed(seed)
+        source = load(model, sizes("--shape", shape))
         report = prunus.verify(source.model, source.inputs, source.forward_fn, seed=seed)
         console.print(str(report), markup=False, highlight=False)
         if explain is not None:
             graph = prunus.DependencyGraph().build_dependency(source.model, source.inputs, source.forward_fn)
             console.print(graph.explain(explain), markup=False, highlight=False)
-    except (PrunusError, ValueError) as error:
-        problems.print(f"error: {error}", style="red", markup=False, highlight=False, soft_wrap=True)
-        raise typer.Exit(2) from error
-    if not report.ok:
-        raise typer.Exit(1)
+        if not report.ok:
+            raise typer.Exit(1)
+
+
+app.command()(models.prune)
+app.command()(models.inspect)
+app.command()(models.sensitivity)
