@@ -324,7 +324,7 @@ def test_a_group_that_the_criterion_leaves_alone_stays() -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Conv2d(8, 6, 3), nn.Conv2d(6, 4, 3))
     for options in ({"global_pruning": True}, {}):
         pruned = copy.deepcopy(model)
-        prunus.prune(pruned, torch.randn(1, 3, 9, 9), prunus.Target(ratio=0.5), importance=only_norms, **options)
+        tp.prune(pruned, torch.randn(1, 3, 9, 9), tp.Target(ratio=0.5), importance=only_norms, **options)
         assert (pruned[0].out_channels, pruned[2].out_channels) == (4, 6)
-    with pytest.raises(prunus.NothingToPruneError, match="leaves all of them alone"):
-        prunus.prune(model, torch.randn(1, 3, 9, 9), importance=lambda group: None)
+    with pytest.raises(NothingToPruneError, match="leaves all of them alone"):
+        tp.prune(model, torch.randn(1, 3, 9, 9), importance=lambda group: None)
