@@ -336,3 +336,55 @@ def test_widths_of_keys_and_values_go_together_where_one_attribute_sizes_both() 
     assert q == v
     with pytest.raises(prunus.NothingToPruneError, match="leave this layer alone"):
         prunus.prune(model, _memory(), HALF, ignored_layers=[model.to_v])
+
+
+class Compared(nn.Module):
+    """Attention by hand that would repeat keys for grouped queries; only that comparison reads ``kv_heads``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.head_dim = 4, 4, 8
+        self.qkv, self.out = nn.Linear(16, 96), nn.Linear(32, 16)
+
+    def forward(self, x):
+        n, length, _ = x.shape
+        q, k, v = self.qkv(x).view(n, length, self.heads, 3, self.head_dim).permute(3, 0, 2, 1, 4)
+        if self.kv_heads != self.heads:
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
+        y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(n, length, self.heads * self.head_dim))
+
+
+def test_an_attribute_that_was_compared_with_a_count_stays_equal_to_it() -> None:
+    model, x = Compared(), torch.randn(2, 5, 16)
+    result = prunus.prune(model, x, prunus.Target(ratio=0.5), prune_num_heads=True, prune_head_dims=False)
+    assert (model.heads, model.kv_heads) == (2, 2)
+    assert model(x).shape == x.shape
+    result.undo()
+    assert (model.heads, model.kv_heads) == (4, 4)
+
+
+@pytest.mark.parametrize("unpack", ["unbind", "select"])
+def test_heads_go_where_each_holds_its_queries_keys_and_values(unpack, oracle) -> None:
+    """The three parts of a head stay three; heads, and dims inside them, are choices of their own."""
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads, self.head_dim = 4, 8
+            self.qkv, self.out = nn.Linear(16, 96), nn.Linear(32, 16)
+
+        def forward(self, x):
+            n, length, _ = x.shape
+            split = self.qkv(x).view(n, length, self.heads, 3, self.head_dim).transpose(1, 2)
+            q, k, v = split.unbind(3) if unpack == "unbind" else (split[..., i, :] for i in range(3))
+            y = (q @ k.transpose(-2, -1)).softmax(-1) @ v
+            return self.out(y.transpose(1, 2).reshape(n, length, self.heads * self.head_dim))
+
+    x = torch.randn(2, 5, 16)
+    oracle(Fused(), x)
+    for rows, dims, expected in ((True, False, (2, 8)), (False, True, (4, 4)), (True, True, (2, 4))):
+        model = Fused()
+        prunus.prune(model, x, HALF, prune_num_heads=rows, prune_head_dims=dims)
+        assert (model.heads, model.head_dim) == expected
+        assert model(x).shape == x.shape

@@ -56,14 +56,18 @@ def offer(coupling: Coupling, prune_num_heads: bool = False, prune_head_dims: bo
 
 
 def _inside(coupling: Coupling) -> NDArray[np.bool_]:
-    """Units that are inside a row over which a contraction is batched."""
-    batched = np.zeros(coupling.units.total, dtype=bool)
+    """Units that are positions inside rows over which a contraction is batched, or inside rows in those."""
+    outer = np.zeros(coupling.units.total, dtype=bool)
     for ids in coupling.trace.ledger.batched:
-        batched[coupling.unit_of_atom[ids.reshape(-1)]] = True
+        outer[coupling.unit_of_atom[ids.reshape(-1)]] = True
     inside = np.zeros(coupling.units.total, dtype=bool)
-    for rows in coupling.trace.ledger.rows_of:
-        inside[coupling.unit_of_atom[rows.fine[batched[coupling.unit_of_atom[rows.coarse]]]]] = True
-    return inside
+    while True:
+        before = np.count_nonzero(inside)
+        for rows in coupling.trace.ledger.rows_of:
+            inside[coupling.unit_of_atom[rows.fine[outer[coupling.unit_of_atom[rows.coarse]]]]] = True
+        if np.count_nonzero(inside) == before:
+            return inside
+        outer |= inside
 
 
 def choose_rows(found: Offer, scores: Scores, alive: Alive, policy: Policy) -> Ids:

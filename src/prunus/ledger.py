@@ -143,6 +143,7 @@ class Ledger:
         self.kept: list[tuple[int, int]] = []  # first atom and number of those on tensors that the model keeps
         self.guards: list[Guard] = []
         self.limits: list[Limit] = []
+        self.equal: list[tuple[Any, Any]] = []  # attributes that the code compared, and that were equal
         self.meaning: dict[int, tuple[str, Ids, Ids]] = {}  # ids (by object) -> see mean()
         self._ties: list[tuple[int, int, int, int, int]] = []
         self._seen: set[tuple[int, int, int, int]] = set()

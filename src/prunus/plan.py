@@ -21,7 +21,7 @@ from prunus.drops import Cut, Drop, cuts_then, drops_then, earlier_name, read_dr
 from prunus.errors import InputError, SurgeryError
 from prunus.held import Held
 from prunus.labels import Ids, surviving
-from prunus.sizes import Attribute, Fact, expression_of, read_attribute, solve_all
+from prunus.sizes import Attribute, Fact, expression_of, leaves, read_attribute, solve_all
 
 if TYPE_CHECKING:
     from prunus.surgery import Receipt
@@ -351,6 +351,11 @@ def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
     for attribute, new in solved.items():
         if abs(new - round(new)) > TINY:
             raise SurgeryError(f"{attribute} would have to be {new:g}, which is no whole number; remove another number")
+    asked = {leaf for expression, _ in demands for leaf in leaves(expression)}
+    for pair in coupling.trace.ledger.equal:
+        for one, other in (pair, pair[::-1]):  # nothing but the comparison is known of the other
+            if one in solved and other not in asked:
+                solved[other] = solved[one]
     changed = ((a, round(v)) for a, v in solved.items() if round(v) != read(a))
     return tuple(Setting(a.path, a.name, a.item, v) for a, v in changed)
 

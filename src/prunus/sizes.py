@@ -260,8 +260,13 @@ class Size(int):
         return same
 
     def _follow(self, other: Any) -> None:
-        """What an attribute says and the size of a tensor were compared and are equal: they follow each other."""
+        """What an attribute says and the size of a tensor were compared and are equal: they follow each other.
+
+        So do two attributes, where nothing else is known of one of them.
+        """
         if isinstance(other, Size) and int.__eq__(self, other):
+            if isinstance(self.expression, Attribute) and isinstance(other.expression, Attribute):
+                self.ledger.equal.append((self.expression, other.expression))
             for told, extent in ((self, other), (other, self)):
                 known = [*leaves(told.expression)]
                 if known and all(isinstance(k, Attribute) for k in known) and isinstance(extent.expression, Extent):

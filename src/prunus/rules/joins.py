@@ -50,7 +50,7 @@ def select_one(x: Labelled, dim: int, position: int) -> Dims:
 def select(op: Op, x: Labelled, dim: int, index: int) -> Dims:
     """One position of a dim, read by its number: the dim's positions may not move."""
     dim %= x.ndim
-    op.freeze([x.dims[dim]], f"{op.name} reads it by position")
+    _counted(op, x.dims[dim], f"{op.name} reads it by position")
     return select_one(x, dim, index % x.shape[dim])
 
 
@@ -58,8 +58,17 @@ def select(op: Op, x: Labelled, dim: int, index: int) -> Dims:
 def unbind(op: Op, x: Labelled, dim: int = 0) -> list[Dims | None]:
     """Every position of a dim by itself: their number may not change."""
     dim %= x.ndim
-    op.freeze([x.dims[dim]], f"{op.name} unpacks it into a fixed number of parts")
+    _counted(op, x.dims[dim], f"{op.name} unpacks it into a fixed number of parts")
     return [select_one(x, dim, k) for k in range(x.shape[dim])]
+
+
+def _counted(op: Op, label: Label | None, reason: str) -> None:
+    """The positions of a dim stay where they are; rows of them (those of a head) may go as a whole."""
+    if label is not None and label.context:
+        op.ledger.pin(label.ids, reason)
+        op.ledger.limit(label.ids, reason, least=label.size)
+    else:
+        op.freeze([label], reason)
 
 
 @rule(aten.slice, aten.narrow)
