@@ -28,7 +28,7 @@ LEVELS = [
     {"coupling"},
     {"plan"},
     {"surgery", "handlers", "cost", "importance", "functions"},
-    {"selection", "heads", "regularize", "recover", "recipe", "report"},
+    {"selection", "heads", "regularize", "recover", "recipe", "report", "repair"},
     {"group", "graph", "pruner", "pruning", "verification", "utils"},
     {"integrations"},
     {"cli", "__main__"},

@@ -13,6 +13,7 @@ from prunus.group import Dependency, Group
 from prunus.hints import freeze
 from prunus.plan import Plan
 from prunus.pruning import PruneResult, prune
+from prunus.repair import LayerRepair, RepairReport, repair
 from prunus.rules import remove_rule, rule
 from prunus.selection import Target
 from prunus.sizes import Fact
@@ -25,11 +26,13 @@ __all__ = [
     "Fact",
     "Group",
     "InputError",
+    "LayerRepair",
     "NothingToPruneError",
     "Plan",
     "PruneResult",
     "PrunusError",
     "Receipt",
+    "RepairReport",
     "SurgeryError",
     "Target",
     "TargetError",
@@ -43,6 +46,7 @@ __all__ = [
     "prune",
     "pruner",
     "remove_rule",
+    "repair",
     "rule",
     "utils",
     "verify",
