@@ -62,14 +62,15 @@ class Watch(TorchDispatchMode):
     Args:
         weights: the parameters of the model that runs.
         before: called with each multiplication by a parameter.
-        after: called with the op, its arguments, its result, and the use if it is one.
+        after: called with the op, its arguments, its result, and the use if it is one; what it returns, if anything,
+            is taken for the result.
     """
 
     def __init__(
         self,
         weights: Weights,
         before: Callable[[Use], None] | None = None,
-        after: Callable[[int, Any, Any, Any, Any, Use | None], None] | None = None,
+        after: Callable[[int, Any, Any, Any, Any, Use | None], Any] | None = None,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.weights, self.before, self.after = weights, before, after
@@ -87,7 +88,8 @@ class Watch(TorchDispatchMode):
         if func.overloadpacket.__name__ in _CASTS and isinstance(result, Tensor) and args and result is not args[0]:
             self._cast(result, args[0])
         if self.after is not None:
-            self.after(self.step, func, args, kwargs, result, use)
+            other = self.after(self.step, func, args, kwargs, result, use)
+            return result if other is None else other
         return result
 
     def find(self, tensor: Tensor) -> tuple[str, Region] | None:
