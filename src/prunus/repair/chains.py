@@ -210,4 +210,14 @@ _MULTIPLY = frozenset(
     {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 )
 _MULTIPLY |= {"bmm", "baddbmm", "matmul", "mm", "addmm", "einsum", "_grouped_mm", "bilinear", "linear", "tensordot"}
-_MULTIPLY |= {"conv1d", "conv2d", "conv3d", "convolution", "deform_conv2d", "_trilinear"}
+_MULTIPLY |= {
+    "_weight_norm",
+    "_weight_norm_interface",
+    "norm_except_dim",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convolution",
+    "deform_conv2d",
+    "_trilinear",
+}

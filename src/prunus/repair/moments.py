@@ -36,7 +36,7 @@ class Sums:
         if self._shifts is None:
             self._shifts = x.mean(1, keepdim=True), y.mean(1, keepdim=True)
         x, y = x - self._shifts[0], y - self._shifts[1]
-        parts = (x.transpose(1, 2) @ x, y.transpose(1, 2) @ x, x.sum(1), y.sum(1), y.square().sum(1))
+        parts = (_gram(x), y.transpose(1, 2) @ x, x.sum(1), y.sum(1), y.square().sum(1))
         if self._sums:
             for total, part in zip(self._sums, parts, strict=True):
                 total.add_(part)
@@ -59,3 +59,16 @@ class Sums:
             cross - y.unsqueeze(2) * x.unsqueeze(1),
             (yy - y.square()).clamp_min(0),
         )
+
+
+WIDE, BLOCKS = 512, 4
+
+
+def _gram(x: Tensor) -> Tensor:
+    """``x.mT @ x``; the lower half of what is wide is copied from the upper one."""
+    if x.shape[2] < WIDE:
+        return x.mT @ x
+    parts = x.tensor_split(BLOCKS, 2)
+    grid = [[a.mT @ b if k <= j else None for j, b in enumerate(parts)] for k, a in enumerate(parts)]
+    full = [[grid[j][k].mT if b is None else b for j, b in enumerate(row)] for k, row in enumerate(grid)]  # type: ignore[union-attr]
+    return torch.cat([torch.cat(row, 2) for row in full], 1)

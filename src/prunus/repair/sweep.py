@@ -63,6 +63,7 @@ class Sweep:
     ridges: Sequence[float]
     names: Mapping[bool, Sequence[str]]  # of the ops that a recorded run of the dense (True) and the pruned model made
     done: dict[str, Refitted] = field(default_factory=dict)
+    stale: bool = False  # some lanes ran on with a layer's old weights, where it runs several times
     _solved: set[Key] = field(default_factory=set)
 
     def over(self, consumers: Sequence[Consumer]) -> list[Any]:
@@ -72,6 +73,11 @@ class Sweep:
             again = [c for c in todo if len(c.keys) > 1]
             results = self._pass(todo, restart=len(again) <= MOST_RESTARTS)
             if results is not None:
+                if self.stale:
+                    return [
+                        (dense, self.run(sharing(self.pruned), b.inputs))
+                        for b, (dense, _) in zip(self.batches, results, strict=True)
+                    ]
                 return results
             todo = [c for c in todo if c.keys[-1] not in self._solved]
 
@@ -93,9 +99,11 @@ class Sweep:
                     if _at(dense, key):
                         self._feed(state, consumer, batch, dense, pruned, len(here))
                 if key == consumer.keys[-1]:
-                    self._solve(consumer, sums.pop(id(consumer)), [p for _, _, p in here])
-                    if restart and len(consumer.keys) > 1:
-                        return None
+                    changed = self._solve(consumer, sums.pop(id(consumer)), [p for _, _, p in here])
+                    if changed and len(consumer.keys) > 1:
+                        if restart:
+                            return None
+                        self.stale = True
                 for _, _, pruned in here:
                     pruned.advance()
             for dense, _ in pairs:
@@ -152,25 +160,26 @@ class Sweep:
                 y = y.reshape(len(part), call.groups, -1).transpose(0, 1)
                 (sums.held if held else sums.fit).add(rows(part, call.places(target)), y)
 
-    def _solve(self, consumer: Consumer, sums: _Sums, pruned: Sequence[Lane[Stop]]) -> None:
-        """Refit one consumer, and let the lanes that wait at it go on with its new weights."""
+    def _solve(self, consumer: Consumer, sums: _Sums, pruned: Sequence[Lane[Stop]]) -> bool:
+        """Refit one consumer, and let the lanes that wait at it go on with its new weights, if they are better."""
         self._solved.add(consumer.keys[-1])
         fit, held = sums.fit.moments(), sums.held.moments()
         use = pruned[0].stop.use if pruned[0].stop is not None else consumer.use
         if fit is None or held is None:
             reason = sums.reason or ("its inputs are not finite" if sums.fit.count else "no samples reach it")
             self._note(consumer, None, sums, reason)
-            return
+            return False
         weight = use.call.matrix(use.call.weight)
         bias = None if use.call.bias is None else use.call.bias.reshape(weight.shape[0], -1)
         found = refit(weight, bias, fit, held, self.ridges, consumer.free_bias)
-        if found.after < found.before:
+        better = found.after < found.before
+        if better:
             self._write(consumer, use, found)
             for lane in pruned[1:]:
                 if lane.stop is not None:
                     _refresh(lane.stop.use.call, use.call)
-        better = "" if found.after < found.before else "no fit is better on held-out samples"
-        self._note(consumer, found, sums, better)
+        self._note(consumer, found, sums, "" if better else "no fit is better on held-out samples")
+        return better
 
     def _note(self, consumer: Consumer, fit: Fit | None, sums: _Sums, reason: str) -> None:
         label = consumer.layer

@@ -37,18 +37,21 @@ class Weights:
     def __init__(self, model: nn.Module) -> None:
         self.by_name = dict(model.named_parameters())
         self.names: dict[str, tuple[str, ...]] = {}
-        by_memory: dict[int, list[str]] = {}
+        self._in_memory: dict[int, list[tuple[int, int, str]]] = {}  # by storage: begin, end, name
+        first: dict[tuple[int, int], str] = {}
         for name, parameter in model.named_parameters(remove_duplicate=False):
-            by_memory.setdefault(_memory(parameter), []).append(name)
-        self._first: dict[int, str] = {}
-        for memory, names in by_memory.items():
-            known = next(n for n in names if n in self.by_name)
-            self._first[memory] = known
-            self.names[known] = tuple(names)
+            begin = int(parameter.storage_offset())
+            known = first.setdefault((_memory(parameter), begin), name)
+            self.names[known] = (*self.names.get(known, ()), name)
+            if known == name and parameter.numel():
+                parts = self._in_memory.setdefault(_memory(parameter), [])
+                parts.append((begin, begin + parameter.numel(), name))
 
     def whole(self, tensor: Tensor) -> tuple[str, Tensor] | None:
-        """The parameter in whose memory a tensor lies."""
-        name = self._first.get(_memory(tensor)) if tensor.numel() else None
+        """The parameter in whose memory a tensor begins."""
+        parts = self._in_memory.get(_memory(tensor), ()) if tensor.numel() else ()
+        begin = int(tensor.storage_offset()) if parts else 0
+        name = next((name for start, end, name in parts if start <= begin < end), None)
         return None if name is None else (name, self.by_name[name])
 
 
