@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -284,3 +286,40 @@ def test_what_does_not_help_is_not_done() -> None:
     assert report.after <= report.before
     x = torch.randn(64, *shape)
     assert distance(model, dense, x) < 1.2 * distance(cut, dense, x)
+
+
+def test_layers_that_are_too_wide_are_left_and_named() -> None:
+    model, shape = make("residual")
+    report = prunus.repair(model, plan_for(model, *shape), batches(*shape), widest=50)
+    assert {layer.layer for layer in report.layers} == {"one", "head"}
+    assert "two.weight keeps its weights: its outputs sum over" in str(report)
+
+
+def test_a_layer_that_runs_several_times_may_go_on_without_beginning_anew(monkeypatch) -> None:
+    monkeypatch.setattr(sys.modules["prunus.repair.sweep"], "MOST_RESTARTS", 0)
+    model, shape = make("shared")
+    dense, cut, plan = copy.deepcopy(model), copy.deepcopy(model), plan_for(model, *shape)
+    plan.apply(cut)
+    report = prunus.repair(model, plan, batches(*shape))
+    x = torch.randn(64, *shape)
+    assert distance(model, dense, x) < distance(cut, dense, x)
+    assert report.after < report.before
+
+
+def test_weights_in_one_block_of_memory_are_told_apart() -> None:
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4)).eval()
+    plan, separate = plan_for(model, 6), copy.deepcopy(model)
+    flat = torch.cat([p.detach().flatten() for p in model.parameters()])
+    for parameter, part in zip(model.parameters(), flat.split([p.numel() for p in model.parameters()]), strict=True):
+        parameter.data = part.view(parameter.shape)
+    one, other = (prunus.repair(m, plan, batches(6)) for m in (model, separate))
+    assert one.after == pytest.approx(other.after, rel=1e-4)
+
+
+def test_the_page_about_repair_runs() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "repair.md").read_text()
+    blocks = list(re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile("\n" * text.count("\n", 0, block.start(1)) + block[1], "repair.md", "exec"), namespace)
+    assert len(blocks) == 2

@@ -38,6 +38,7 @@ def repair(  # noqa: PLR0913 - each keyword is a choice of the user
     ridges: Sequence[float] = RIDGES,
     drift: bool = True,
     norms: bool = True,
+    widest: int = 8_192,
 ) -> RepairReport:
     """Cut ``model`` in place and refit, without training, the layers that read what was removed.
 
@@ -60,6 +61,8 @@ def repair(  # noqa: PLR0913 - each keyword is a choice of the user
         ridges: strengths to choose from, as shares of the mean square of a layer's inputs.
         drift: also refit the layers behind the first, that lost no inputs but get others than they did.
         norms: also compute the statistics of batch norms anew.
+        widest: a layer whose outputs sum over more inputs than this keeps its weights: the memory for it grows with
+            the square of that number, and the time with its cube.
 
     Raises:
         InputError: the data cannot be used, or the model cannot run on it; the model is as it was.
@@ -84,7 +87,7 @@ def repair(  # noqa: PLR0913 - each keyword is a choice of the user
     receipt = apply(model, plan) if dense is None else Receipt(plan)
     try:
         run: Run = forward_fn if forward_fn is not None else call_model
-        work = _Work(old, model, plan, batches, run, tuple(ridges), drift, norms)
+        work = _Work(old, model, plan, batches, run, tuple(ridges), drift, norms, widest)
         return work.report(receipt)
     except BaseException:
         receipt.undo()
@@ -103,6 +106,7 @@ class _Work:
     ridges: tuple[float, ...]
     drift: bool
     norms: bool
+    widest: int
 
     def report(self, receipt: Receipt) -> RepairReport:
         """Repair a copy, judge it, and let the model have its values."""
@@ -135,6 +139,10 @@ class _Work:
         old, _ = self._recorded(self.dense, judge)
         new, cut_out = self._recorded(copy, judge)
         consumers, left = find_consumers(self.plan, Weights(copy), old, new, self.drift)
+        for c in consumers:
+            if c.use.call.summed > self.widest:
+                left[c.name] = f"its outputs sum over {c.use.call.summed:,} inputs, more than widest={self.widest}"
+        consumers = [c for c in consumers if c.use.call.summed <= self.widest]
         notes = [f"{name} keeps its weights: {why}" for name, why in left.items()]
         names = {True: [s.name for s in old.steps], False: [s.name for s in new.steps]}
         sweep = Sweep(self.dense, copy, self.run, self.batches, self.ridges, names)

@@ -63,7 +63,6 @@ class Sweep:
     ridges: Sequence[float]
     names: Mapping[bool, Sequence[str]]  # of the ops that a recorded run of the dense (True) and the pruned model made
     done: dict[str, Refitted] = field(default_factory=dict)
-    stale: bool = False  # some lanes ran on with a layer's old weights, where it runs several times
     _solved: set[Key] = field(default_factory=set)
 
     def over(self, consumers: Sequence[Consumer]) -> list[Any]:
@@ -72,19 +71,20 @@ class Sweep:
         while True:
             again = [c for c in todo if len(c.keys) > 1]
             results = self._pass(todo, restart=len(again) <= MOST_RESTARTS)
-            if results is not None:
-                if self.stale:
-                    return [
-                        (dense, self.run(sharing(self.pruned), b.inputs))
-                        for b, (dense, _) in zip(self.batches, results, strict=True)
-                    ]
-                return results
             todo = [c for c in todo if c.keys[-1] not in self._solved]
+            if results is not None:
+                for consumer in todo:
+                    self._note(consumer, None, _Sums(), "no samples reach it")
+                return results
 
     def _pass(self, consumers: Sequence[Consumer], restart: bool) -> list[Any] | None:
-        """One pass; None if it has to begin anew, because earlier calls of a layer ran with its old weights."""
+        """One pass; None if another must follow, because earlier calls of a layer ran with its old weights.
+
+        That one begins at once with ``restart``; without, the other layers that run several times are solved first.
+        """
         order = {key: k for k, key in enumerate(sorted_keys(consumers))}
         by_key = {key: c for c in consumers for key in c.keys}
+        stale = False
         with self._lanes(by_key) as pairs:
             sums: dict[int, _Sums] = {}
             for _, pruned in pairs:
@@ -92,24 +92,37 @@ class Sweep:
             while stops := [p.stop.use.key for _, p in pairs if p.stop is not None]:
                 key = min(stops, key=lambda k: order[k])
                 consumer = by_key[key]
-                state = sums.setdefault(id(consumer), _Sums())
                 here = [(b, d, p) for b, (d, p) in zip(self.batches, pairs, strict=True) if _at(p, key)]
-                for batch, dense, pruned in here:
-                    _bring(dense, key, order)
-                    if _at(dense, key):
-                        self._feed(state, consumer, batch, dense, pruned, len(here))
-                if key == consumer.keys[-1]:
-                    changed = self._solve(consumer, sums.pop(id(consumer)), [p for _, _, p in here])
-                    if changed and len(consumer.keys) > 1:
-                        if restart:
-                            return None
-                        self.stale = True
+                if not stale or len(consumer.keys) > 1:
+                    state = sums.setdefault(id(consumer), _Sums())
+                    stale = self._visit(state, consumer, key, here, order) or stale
+                    if stale and restart:
+                        return None
                 for _, _, pruned in here:
                     pruned.advance()
+            if stale:
+                return None
             for dense, _ in pairs:
                 while dense.advance() is not None:
                     pass
             return [(dense.result, pruned.result) for dense, pruned in pairs]
+
+    def _visit(
+        self,
+        sums: _Sums,
+        consumer: Consumer,
+        key: Key,
+        here: Sequence[tuple[Batch, Lane[Stop], Lane[Stop]]],
+        order: Mapping[Key, int],
+    ) -> bool:
+        """See to one call of a consumer, for which lanes wait; whether earlier calls should have run otherwise."""
+        for batch, dense, pruned in here:
+            _bring(dense, key, order)
+            if _at(dense, key):
+                self._feed(sums, consumer, batch, dense, pruned, len(here))
+        if key != consumer.keys[-1]:
+            return False
+        return self._solve(consumer, sums, [p for _, _, p in here]) and len(consumer.keys) > 1
 
     @contextmanager
     def _lanes(self, by_key: Mapping[Key, Consumer]) -> Iterator[list[tuple[Lane[Stop], Lane[Stop]]]]:
@@ -199,7 +212,7 @@ class Sweep:
             consumer.norm.mean.sub_(fit.bias.flatten().to(consumer.norm.mean.dtype))
 
 
-MOST_RESTARTS = 12
+MOST_RESTARTS = 6  # where more layers than this run several times, the pass goes on with what ran before
 
 
 class _Sums:
