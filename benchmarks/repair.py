@@ -1,6 +1,7 @@
 """Accuracy without any training after a cut: Prunus with repair against Torch-Pruning, at equal operations, in one run.
 
-    python benchmarks/repair.py
+    python benchmarks/repair.py                      # needs scikit-learn
+    python benchmarks/repair.py --tasks minilm --seeds 0
     python benchmarks/repair.py --seeds 0 1 --speedups 2 3 5 --out runs/bench/repair.json
 
 For each speed-up and each way to choose channels three figures are given: as the cut left the network, with batch norm
@@ -28,7 +29,9 @@ from torch import nn
 
 import prunus
 from prunus.cost import count
+from prunus.tracing import call_model
 from tasks.digits import digits
+from tasks.minilm import minilm
 from tasks.task import Task
 
 WAYS = ("Torch-Pruning L2, local", "Torch-Pruning L2, global", "Torch-Pruning Taylor, global", "Prunus")
@@ -45,7 +48,7 @@ def renormed(model: nn.Module, batches: Sequence[Any]) -> nn.Module:
         norm.train()
     with torch.no_grad():
         for batch in batches:
-            model(batch)
+            call_model(model, batch)
     return model.eval()
 
 
@@ -67,13 +70,15 @@ def by_torch_pruning(task: Task, share: float, importance: str, global_ranking: 
             global_pruning=global_ranking,
             pruning_ratio=ratio,
             ignored_layers=task.keep(model),
+            **task.theirs(model, ratio),
         )
         pruner.step()
+        task.finish(model, pruner)
         model.zero_grad()
         return model
 
     low, high, best = 0.0, 1.0, None
-    for _ in range(12):
+    for _ in range(10):
         middle = (low + high) / 2
         model = cut(middle)
         if count(model, task.example).macs <= share * dense:
@@ -91,7 +96,7 @@ def measure(task: Task, speedup: float, way: str) -> dict[str, Any]:
     if way == "Prunus":
         model = copy.deepcopy(task.model)
         keep = task.keep(model)
-        cut = prunus.prune(model, task.example, prunus.Target(macs=1 / speedup), ignored_layers=keep)
+        cut = prunus.prune(model, task.example, prunus.Target(macs=1 / speedup), ignored_layers=keep, **task.options)
         found["macs"] = cut.after.macs / cut.before.macs
         found["as cut"], found["norms anew"] = task.score(model), task.score(renormed(model, task.calibration))
         repaired = copy.deepcopy(task.model)
@@ -137,12 +142,12 @@ def verdict(dense: float, speedups: Sequence[float], rows: Any) -> dict[str, flo
     return shares
 
 
-TASKS: dict[str, Callable[[int, Path], Task]] = {"digits": digits}
+TASKS: dict[str, Callable[[int, Path], Task]] = {"digits": digits, "minilm": minilm}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--tasks", nargs="+", choices=TASKS, default=["digits"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1])
     parser.add_argument("--speedups", nargs="+", type=float, default=[2.0, 3.0, 5.0])
     parser.add_argument("--cache", type=Path, default=Path("runs/tasks"))
