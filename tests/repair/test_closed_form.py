@@ -316,6 +316,28 @@ def test_weights_in_one_block_of_memory_are_told_apart() -> None:
     assert one.after == pytest.approx(other.after, rel=1e-4)
 
 
+def test_parameters_over_the_same_memory_stay_so() -> None:
+    model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 4)).eval()
+    twin = nn.Linear(24, 24)
+    twin.weight.data = model[2].weight.data
+    model.insert(3, nn.Sequential(nn.ReLU(), twin))
+    assert model[3][1].weight.data_ptr() == model[2].weight.data_ptr()
+    report = prunus.repair(model, plan_for(model, 6), batches(6))
+    assert any(layer.layer == "2" and layer.accepted for layer in report.layers)
+    assert model[3][1].weight.data_ptr() == model[2].weight.data_ptr()
+
+
+def test_a_repaired_model_can_be_trained() -> None:
+    model, shape = make("residual")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    prunus.prune(model, torch.randn(1, *shape), data=batches(*shape), optimizer=optimizer)
+    model.train()
+    before = [p.detach().clone() for p in model.parameters()]
+    model(torch.randn(8, *shape)).square().sum().backward()
+    optimizer.step()
+    assert all(not torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True))
+
+
 def test_the_page_about_repair_runs() -> None:
     text = (Path(__file__).parents[2] / "docs" / "repair.md").read_text()
     blocks = list(re.finditer(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE))

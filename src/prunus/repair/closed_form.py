@@ -228,14 +228,19 @@ def _whole(t: Tensor) -> bool:
 
 
 def _commit(model: nn.Module, copy: nn.Module) -> list[Change]:
-    """Let every tensor that differs have the copy's values; the old ones are kept for undo."""
+    """Let every tensor that differs have the copy's values; the old ones are kept for undo.
+
+    What shares memory in the copy, as it did in the model, shares the new memory too.
+    """
     changes = []
+    made: dict[tuple[int, torch.Size], Tensor] = {}
     theirs: dict[str, Tensor] = dict((*copy.named_parameters(), *copy.named_buffers()))
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         value = theirs[name]
         if torch.equal(tensor, value):
             continue
-        changes.append(_swap(tensor, value.data.clone()))
+        new = made.setdefault((value.data_ptr(), value.shape), value.detach().clone())
+        changes.append(_swap(tensor, new))
     return changes
 
 
