@@ -28,7 +28,7 @@ LEVELS = [
     {"coupling"},
     {"drops", "plan"},
     {"surgery", "containers", "handlers", "cost", "calibration", "importance", "functions"},
-    {"selection", "heads", "regularize", "recover", "recipe", "report", "allocation", "budget", "obstacles"},
+    {"selection", "heads", "regularize", "recover", "recipe", "report", "repair", "allocation", "budget", "obstacles"},
     {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "blocks", "utils"}
     | {"ops", "dependency", "serialization", "spending", "sensitivity", "inspection", "speed"},
     {"integrations"},

@@ -28,6 +28,7 @@ from prunus.pruner import (
     scheduler,
 )
 from prunus.pruning import PruneResult, prune
+from prunus.repair import LayerRepair, RepairReport, repair
 from prunus.rules import remove_rule, rule
 from prunus.sensitivity import Sensitivity, sensitivity
 from prunus.serialization import load, load_state_dict, save, state_dict
@@ -52,6 +53,7 @@ __all__ = [
     "GroupNormPruner",
     "GrowingRegPruner",
     "InputError",
+    "LayerRepair",
     "MagnitudePruner",
     "MetaPruner",
     "Node",
@@ -60,6 +62,7 @@ __all__ = [
     "PruneResult",
     "PrunusError",
     "Receipt",
+    "RepairReport",
     "Sensitivity",
     "SoftPruning",
     "SurgeryError",
@@ -85,6 +88,7 @@ __all__ = [
     "pruner",
     "regularize",
     "remove_rule",
+    "repair",
     "rule",
     "save",
     "scheduler",

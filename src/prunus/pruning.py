@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,13 +20,14 @@ from prunus.importance import MagnitudeImportance
 from prunus.labels import Ids
 from prunus.plan import Alive, Footprint, Plan
 from prunus.pruner import Criterion, HeadShares, score_offer
+from prunus.repair import RepairReport, fold_constants, frozen, may_have_constants, repair
 from prunus.report import frozen_text, layer_table, render
 from prunus.selection import Policy
 from prunus.sizes import Fact
 from prunus.speed import Timing, spend_time
 from prunus.spending import Measure, Wish, spend
 from prunus.surgery import Receipt
-from prunus.tracing import ForwardFn, Inputs
+from prunus.tracing import ForwardFn, Inputs, call_model
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class PruneResult:
     graph: DependencyGraph
     _alive: tuple[Alive, Alive]
     budget: Budget | None = None
+    repair: RepairReport | None = None
 
     @property
     def before(self) -> Footprint:
@@ -62,8 +64,9 @@ class PruneResult:
         table = layer_table(self.graph.coupling, *self._alive, before, after)
         macs, params = after.macs / max(before.macs, 1), after.params / max(before.params, 1)
         left = f"{macs:.1%} of the MACs and {params:.1%} of the parameters are left."
-        spent = (str(self.budget),) if self.budget is not None else ()
-        return "\n".join((render(table), left, *spent, *self.plan.notes))
+        spent = () if self.budget is None else (str(self.budget),)
+        repaired = () if self.repair is None else (str(self.repair),)
+        return "\n".join((render(table), left, *spent, *self.plan.notes, *repaired))
 
 
 def prune(  # noqa: PLR0913 - each keyword is a choice of the user
@@ -91,6 +94,8 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     unwrapped_parameters: Any = None,
     customized_pruners: Mapping[Any, Any] | None = None,
     device: Any = None,
+    data: Iterable[Any] | None = None,
+    input_fn: Callable[[Any], Any] | None = None,
 ) -> PruneResult:
     """Cut ``model`` in place to a target: the least important channels, head dims and neurons go.
 
@@ -124,6 +129,9 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         unwrapped_parameters: see :meth:`DependencyGraph.build_dependency`.
         customized_pruners: see :meth:`DependencyGraph.build_dependency`.
         device: see :meth:`DependencyGraph.build_dependency`.
+        data: yields batches of inputs, without labels; the layers that read what was removed are refitted on some
+            hundred samples of them, without training (see :func:`prunus.repair`).
+        input_fn: makes the model's inputs of a batch, such as ``lambda batch: batch[0]``.
 
     Raises:
         InputError: an argument cannot be used; nothing was changed.
@@ -178,9 +186,48 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         units, budget = spent.units, spent.budget
     if units.size == 0:
         raise NothingToPruneError(f"{target} removes nothing: the groups are too small for it; ask for more")
-    before = graph.alive
+    before, dense = graph.alive, _remembered(graph.model, data, device)
     receipt = graph._prune(units, optimizer=optimizer)
-    return PruneResult(receipt.plan, receipt, graph, (before, graph.alive), budget)
+    repaired = None
+    try:
+        if dense is not None:
+            repaired = _make_up(graph.model, dense, receipt, example_inputs, forward_fn, data, input_fn)
+    except BaseException:
+        receipt.undo()
+        raise
+    return PruneResult(receipt.plan, receipt, graph, (before, graph.alive), budget, repaired)
+
+
+def _remembered(model: nn.Module, data: Iterable[Any] | None, device: Any) -> nn.Module | None:
+    """The model as it is before the cut, where something may be made up for."""
+    if data is None and (device is not None or not may_have_constants(model)):
+        return None
+    try:
+        return frozen(model)
+    except InputError:
+        if data is None:  # it cannot be copied: its constants are lost, as anything is that was removed
+            return None
+        raise
+
+
+def _make_up(
+    model: nn.Module,
+    dense: nn.Module,
+    receipt: Receipt,
+    example_inputs: Inputs,
+    forward_fn: ForwardFn | None,
+    data: Iterable[Any] | None,
+    input_fn: Callable[[Any], Any] | None,
+) -> RepairReport | None:
+    """Let the kept weights make up for the removed ones: constants exactly, the rest as far as the data tell."""
+    for change in fold_constants(dense, model, receipt.plan, example_inputs, forward_fn or call_model):
+        change.do()
+        receipt.changes.append(change)
+    if data is None:
+        return None
+    report = repair(model, receipt.plan, data, input_fn=input_fn, dense=dense, forward_fn=forward_fn)
+    receipt.changes += report.receipt.changes
+    return report
 
 
 def _spend(

@@ -1,0 +1,8 @@
+"""Repair without training: the layers that read removed channels are refitted in closed form on a few samples."""
+
+from prunus.repair.closed_form import repair
+from prunus.repair.constants import fold_constants, may_have_constants
+from prunus.repair.report import LayerRepair, RepairReport
+from prunus.repair.twins import frozen
+
+__all__ = ["LayerRepair", "RepairReport", "fold_constants", "frozen", "may_have_constants", "repair"]

@@ -1,0 +1,223 @@
+"""What becomes of the output of a multiplication: the norm that reads it, and the stream that it is added to.
+
+Where an output is added to a stream that earlier cuts have changed, the layer can make up for the stream as well: its
+target is the dense sum without what the pruned stream already brings. The sums are found by recording one run: from the
+output through ops that can be inverted (norms in evaluation, layer scales, views, rolls) to an addition whose other
+operand is there before the multiplication runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prunus.repair.sites import arguments
+from prunus.repair.watch import Key, Use, tensors_of
+
+MARK = "_prunus_step"
+SMALL = 1e-4  # scales of norms below this share of the largest are not divided by
+Inverse = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm that uses its running statistics."""
+
+    weight: Tensor | None
+    mean: Tensor
+    var: Tensor
+    eps: float
+
+    def scale(self) -> Tensor:
+        """What it multiplies each channel by."""
+        scale = (self.var + self.eps).rsqrt()
+        return scale if self.weight is None else scale * self.weight
+
+
+@dataclass(frozen=True)
+class Chain:
+    """From an output to what it is added to.
+
+    Args:
+        norm: the batch norm that alone reads the output, if one does.
+        other: the step that made the other operand of the addition, or None where no such addition was found.
+        inverses: what takes the other operand back to the output's place, last op first.
+    """
+
+    norm: Norm | None = None
+    other: int | None = None
+    inverses: tuple[Inverse, ...] = ()
+
+    def back(self, other: Tensor) -> Tensor:
+        """The other operand of the addition as if it had been added to the output itself."""
+        for inverse in self.inverses:
+            other = inverse(other)
+        return other
+
+
+@dataclass
+class _Step:
+    name: str
+    inputs: tuple[int, ...]
+    shapes: tuple[torch.Size, ...]
+    inverse: Inverse | None
+    norm: Norm | None
+
+
+@dataclass
+class Recorder:
+    """Records one run; pass ``after`` to a :class:`~prunus.repair.watch.Watch`."""
+
+    uses: dict[Key, Use] = field(default_factory=dict)
+    sizes: dict[Key, torch.Size] = field(default_factory=dict)
+    steps: list[_Step] = field(default_factory=list)
+    readers: dict[int, list[int]] = field(default_factory=dict)
+    other_readers: dict[str, str] = field(default_factory=dict)  # parameter -> op that multiplies by it, but is no use
+    find: Callable[[Tensor], Any] = lambda tensor: None
+
+    def after(self, step: int, func: Any, args: Any, kwargs: Any, result: Any, use: Use | None) -> None:
+        """Note an op."""
+        name = func.overloadpacket.__name__
+        inputs = []
+        for tensor in (*tensors_of(args), *tensors_of(kwargs)):
+            origin = getattr(tensor, MARK, None)
+            if origin is not None:
+                inputs.append(origin)
+                self.readers.setdefault(origin, []).append(step)
+            elif use is None and name in _MULTIPLY and (found := self.find(tensor)) is not None:
+                self.other_readers.setdefault(found[0], name)
+        inverse, norm = _inverse_of(name, func, args, kwargs, result) if inputs else (None, None)
+        self.steps.append(_Step(name, tuple(inputs), tuple(t.shape for t in tensors_of(args)), inverse, norm))
+        for tensor in tensors_of((result,)):
+            setattr(tensor, MARK, step)
+        if use is not None:
+            self.uses[use.key] = _light(use)
+            self.sizes[use.key] = result.shape
+
+    def chain(self, key: Key) -> Chain:
+        """What becomes of the output of a use."""
+        start = here = self.uses[key].step
+        inverses: list[Inverse] = []
+        first: Norm | None = None
+        while len(self.readers.get(here, ())) == 1:
+            reader = self.readers[here][0]
+            step = self.steps[reader]
+            if step.norm is not None and here == start:
+                first = step.norm
+            if step.name in _ADDITIONS:
+                others = [i for i in step.inputs if i != here]
+                if len(step.inputs) == 2 and len(others) == 1 and others[0] < start and step.inverse is not None:
+                    return Chain(first, others[0], tuple(reversed(inverses)))
+                break
+            if step.inverse is None or len(step.inputs) != 1:
+                break
+            inverses.append(step.inverse)
+            here = reader
+        return Chain(first)
+
+
+def _light(use: Use) -> Use:
+    """The use without the activations that it read."""
+    call = use.call
+    x = torch.empty(call.x.shape, dtype=call.x.dtype, device="meta")
+    bare = {**vars(call), "x": x}
+    return Use(use.key, type(call)(**bare), use.region, use.bias, use.step)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
+
+
+def _inverse_of(name: str, func: Any, args: Any, kwargs: Any, result: Any) -> tuple[Inverse | None, Norm | None]:
+    """What inverts an op that reads one activation, and the op as a norm."""
+    x = args[0] if args and isinstance(args[0], Tensor) else None
+    if x is None or not isinstance(result, Tensor):
+        return _norm(name, func, args, kwargs)
+    found: Inverse | None = None
+    if name in _VIEWS:
+        found = _reshaped(x.shape)
+    elif name in _MOVES:
+        found = _moved_back(func, args, kwargs, x.dim())
+    elif name == "roll":
+        found = _rolled_back(args)
+    elif name in _ADDITIONS:
+        plain = len(args) > 1 and isinstance(args[1], Tensor) and args[1].shape == x.shape and not kwargs
+        found = _same if plain else None
+    elif name in _KEEP and x.shape == result.shape:
+        found = None if name == "dropout" and arguments(func, args, kwargs)["train"] else _same
+    elif name in {"mul", "mul_"}:
+        found = _unscaled(args[:2], result)
+    else:
+        return _norm(name, func, args, kwargs)
+    return found, None
+
+
+def _rolled_back(args: Any) -> Inverse:
+    shifts, dims = args[1], args[2] if len(args) > 2 else ()
+    back = [-s for s in ((shifts,) if isinstance(shifts, int) else shifts)]
+    return lambda t: torch.roll(t, back, dims)
+
+
+def _reshaped(shape: Sequence[int]) -> Inverse:
+    shape = tuple(shape)
+    # other batches may have another number of samples
+    return lambda t: t.reshape(shape if t.numel() == torch.Size(shape).numel() else (-1, *shape[1:]))
+
+
+def _moved_back(func: Any, args: Any, kwargs: Any, n: int) -> Inverse | None:
+    probe = func(torch.empty(tuple(range(1, n + 1)), device="meta"), *args[1:], **kwargs)
+    order = [size - 1 for size in probe.shape]
+    inverse = [order.index(d) for d in range(n)]
+    return lambda t: t.permute(inverse)
+
+
+def _unscaled(factors: Sequence[Any], result: Tensor) -> Inverse | None:
+    """Division by a layer's scale."""
+    fixed = [f for f in factors if not (isinstance(f, Tensor) and getattr(f, MARK, None) is not None)]
+    if len(fixed) != 1 or not isinstance(fixed[0], Tensor) or fixed[0].dim() > result.dim():
+        return None
+    other = next(f for f in factors if f is not fixed[0])
+    return (lambda t: _divided(t, fixed[0])) if other.shape == result.shape else None
+
+
+def _divided(t: Tensor, scale: Tensor) -> Tensor:
+    large = scale.abs() > SMALL * scale.abs().max()
+    return torch.where(large, t / torch.where(large, scale, 1), 0)
+
+
+def _norm(name: str, func: Any, args: Any, kwargs: Any) -> tuple[Inverse | None, Norm | None]:
+    if name not in BATCH_NORMS:
+        return None, None
+    a = arguments(func, args, kwargs)
+    if a.get("training", a.get("train")) or a["running_mean"] is None:
+        return None, None
+    norm = Norm(a["weight"], a["running_mean"], a["running_var"], a["eps"])
+    shape = [-1 if d == 1 else 1 for d in range(a["input"].dim())]
+    return (lambda t: _divided(t, norm.scale().view(shape))), norm
+
+
+BATCH_NORMS = frozenset({"batch_norm", "native_batch_norm", "cudnn_batch_norm", "_native_batch_norm_legit_no_training"})
+_ADDITIONS = frozenset({"add", "add_"})
+_VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"})
+_KEEP = frozenset({"dropout", "dropout_", "contiguous", "clone", "detach", "alias", "to", "_to_copy", "slice"})
+_KEEP |= {"feature_dropout", "native_dropout"}
+_MOVES = frozenset({"permute", "transpose", "t", "movedim"})
+_MULTIPLY = frozenset(
+    {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
+)
+_MULTIPLY |= {"bmm", "baddbmm", "matmul", "mm", "addmm", "einsum", "_grouped_mm", "bilinear", "linear", "tensordot"}
+_MULTIPLY |= {
+    "_weight_norm",
+    "_weight_norm_interface",
+    "norm_except_dim",
+    "conv1d",
+    "conv2d",
+    "conv3d",
+    "convolution",
+    "deform_conv2d",
+    "_trilinear",
+}

@@ -1,0 +1,255 @@
+"""The face of repair: read the samples, refit layer after layer on copies, and only then change the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunus.errors import InputError, PrunusError
+from prunus.plan import Plan
+from prunus.repair.chains import Recorder
+from prunus.repair.consumers import find_consumers
+from prunus.repair.norms import reestimate
+from prunus.repair.report import LayerRepair, RepairReport
+from prunus.repair.samples import Batch, held_share, read
+from prunus.repair.sweep import Refitted, Run, Sweep
+from prunus.repair.twins import frozen, separate, sharing
+from prunus.repair.watch import Watch, Weights, guarded
+from prunus.surgery import Change, Receipt, apply
+from prunus.tracing import ForwardFn, call_model, tensors_in
+from prunus.untouched import untouched
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+
+
+def repair(  # noqa: PLR0913 - each keyword is a choice of the user
+    model: nn.Module,
+    plan: Plan,
+    loader: Iterable[Any],
+    *,
+    input_fn: Callable[[Any], Any] | None = None,
+    dense: nn.Module | None = None,
+    forward_fn: ForwardFn | None = None,
+    samples: int = 256,
+    ridges: Sequence[float] = RIDGES,
+    drift: bool = True,
+    norms: bool = True,
+    widest: int = 8_192,
+) -> RepairReport:
+    """Cut ``model`` in place and refit, without training, the layers that read what was removed.
+
+    Each layer that lost inputs gets new weights by ridge regression, from its inputs in the pruned (and so far
+    repaired) model to what it computes in the dense one; the ridge pulls towards the weights that the cut left. Where
+    the layer's output is added to a stream, its target makes up for what earlier cuts changed in the stream. Then the
+    statistics of batch norms are computed anew. Whatever does
+    not lower the error on samples that were held out is left out.
+
+    Args:
+        model: the dense model; or the cut one, if ``dense`` is given.
+        plan: what to remove (or what was removed).
+        loader: yields batches, each of them what the model is called with: a tensor, a tuple of positional arguments
+            or a dict of keyword arguments. No labels are needed. One batch in five is held out (with fewer than five,
+            a fifth of each).
+        input_fn: makes that of what the loader yields, such as ``lambda batch: batch[0]``.
+        dense: the model as it was before the cut, if ``model`` was cut already.
+        forward_fn: ``forward_fn(model, inputs)`` to use instead of calling the model.
+        samples: batches are read until there are so many samples.
+        ridges: strengths to choose from, as shares of the mean square of a layer's inputs.
+        drift: also refit the layers behind the first, that lost no inputs but get others than they did.
+        norms: also compute the statistics of batch norms anew.
+        widest: a layer whose outputs sum over more inputs than this keeps its weights: the memory for it grows with
+            the square of that number, and the time with its cube.
+
+    Raises:
+        InputError: the data cannot be used, or the model cannot run on it; the model is as it was.
+        SurgeryError: the plan does not fit; the model is as it was.
+
+    Source: He et al. 2017 (arXiv 1707.06168) for least squares on the readers of removed channels; Kwon et al. 2022
+    (arXiv 2204.09656) for the residual in the target.
+
+    Example:
+        >>> import torch, prunus
+        >>> from torch import nn
+        >>> _ = torch.manual_seed(0)
+        >>> model = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> plan = prunus.prune(model, torch.randn(1, 8)).plan
+        >>> dense = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 4))
+        >>> report = prunus.repair(dense, plan, [torch.randn(64, 8) for _ in range(5)])
+        >>> report.after < report.before
+        True
+    """
+    batches = read(loader, input_fn, samples, model)
+    old = frozen(model if dense is None else dense)
+    receipt = apply(model, plan) if dense is None else Receipt(plan)
+    try:
+        run: Run = forward_fn if forward_fn is not None else call_model
+        work = _Work(old, model, plan, batches, run, tuple(ridges), drift, norms, widest)
+        return work.report(receipt)
+    except BaseException:
+        receipt.undo()
+        raise
+
+
+@dataclass
+class _Work:
+    """One repair."""
+
+    dense: nn.Module
+    model: nn.Module
+    plan: Plan
+    batches: list[Batch]
+    run: Run
+    ridges: tuple[float, ...]
+    drift: bool
+    norms: bool
+    widest: int
+
+    def report(self, receipt: Receipt) -> RepairReport:
+        """Repair a copy, judge it, and let the model have its values."""
+        torch_fast = torch.backends.mha.get_fastpath_enabled()
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            with untouched(self.model), untouched(self.dense):
+                copy = separate(self.model)
+                found = self._on(copy)
+        except PrunusError:
+            raise
+        except Exception as error:
+            raise InputError(
+                f"the model cannot run on the data ({type(error).__name__}: {error}): call it with what input_fn "
+                "makes of a batch, in eval mode, to see where; if batches hold labels, pass input_fn=lambda b: b[0]"
+            ) from error
+        finally:
+            torch.backends.mha.set_fastpath_enabled(torch_fast)
+        layers, before, after, accepted, norms, notes = found
+        if accepted:
+            for change in _commit(self.model, copy):
+                change.do()
+                receipt.changes.append(change)
+        total = sum(b.count for b in self.batches)
+        held = sum(held_share(b.count) if b.held is None else b.count * b.held for b in self.batches)
+        return RepairReport(layers, before, after, accepted, norms, (total, held), notes, receipt)
+
+    def _on(self, copy: nn.Module) -> Any:
+        judge = next((k for k, b in enumerate(self.batches) if b.held is not False), 0)
+        old, _ = self._recorded(self.dense, judge)
+        new, cut_out = self._recorded(copy, judge)
+        consumers, left = find_consumers(self.plan, Weights(copy), old, new, self.drift)
+        for c in consumers:
+            if c.use.call.summed > self.widest:
+                left[c.name] = f"its outputs sum over {c.use.call.summed:,} inputs, more than widest={self.widest}"
+        consumers = [c for c in consumers if c.use.call.summed <= self.widest]
+        notes = [f"{name} keeps its weights: {why}" for name, why in left.items()]
+        names = {True: [s.name for s in old.steps], False: [s.name for s in new.steps]}
+        sweep = Sweep(self.dense, copy, self.run, self.batches, self.ridges, names)
+        with guarded():
+            results = sweep.over(consumers)
+        dense_outs = {k: d for k, (d, _) in enumerate(results) if self.batches[k].held is not False}
+        outs = {k: p for k, (_, p) in enumerate(results) if k in dense_outs}
+        layers = tuple(_layer(label, done) for label, done in sweep.done.items())
+        after = _distance(self.batches, dense_outs, outs)
+        raw = {judge: cut_out} | {k: self._plain(self.model, k) for k in dense_outs if k != judge}
+        before = _distance(self.batches, dense_outs, raw)
+        restated = 0
+        if self.norms:
+            restated, after = self._norms(copy, dense_outs, after)
+        accepted = before is None or after is None or after < before
+        if not accepted:
+            notes.append(
+                "The outputs would have been no nearer to the dense model's: all weights are as the cut left them."
+            )
+        return layers, before, after if accepted else before, accepted, restated, tuple(notes)
+
+    def _norms(self, copy: nn.Module, dense_outs: dict[int, Any], after: float | None) -> tuple[int, float | None]:
+        keep = {name: b.clone() for name, b in copy.named_buffers()}
+        count, outs = reestimate(copy, self.batches, self.run)
+        error = _distance(self.batches, dense_outs, {k: outs[k] for k in dense_outs})
+        if count and after is not None and error is not None and error < after:
+            return count, error
+        with torch.no_grad():
+            for name, buffer in copy.named_buffers():
+                buffer.copy_(keep[name])
+        return 0, after
+
+    def _recorded(self, model: nn.Module, k: int) -> tuple[Recorder, Any]:
+        recorder = Recorder()
+        runner = sharing(model)
+        watch = Watch(Weights(runner), after=recorder.after)
+        recorder.find = watch.find
+        with guarded(), watch:
+            output = self.run(runner, self.batches[k].inputs)
+        return recorder, output
+
+    def _plain(self, model: nn.Module, k: int) -> Any:
+        with guarded():
+            return self.run(sharing(model), self.batches[k].inputs)
+
+
+def _layer(label: str, done: Refitted) -> LayerRepair:
+    fit = done.fit
+    before, after = (None, None) if fit is None else (fit.before, fit.after)
+    ridge = None if fit is None else fit.ridge
+    return LayerRepair(label, before, after, ridge, done.rows, done.corrected, done.reason)
+
+
+def _distance(batches: Sequence[Batch], dense: dict[int, Any], pruned: dict[int, Any]) -> float | None:
+    """The mean over the outputs of squared distance by variance, on what is held out."""
+    shares: dict[int, list[float]] = {}
+    for k, output in dense.items():
+        ones, others = (list(_floats(o)) for o in (output, pruned[k]))
+        if len(ones) != len(others) or any(a.shape != b.shape for a, b in zip(ones, others, strict=True)):
+            return None
+        for j, (a, b) in enumerate(zip(ones, others, strict=True)):
+            if batches[k].held is None and a.dim() and a.shape[0] == batches[k].count:
+                out = held_share(a.shape[0])
+                _add(shares.setdefault(j, [0.0, 0.0]), a[-out:].double(), b[-out:].double())
+            else:
+                _add(shares.setdefault(j, [0.0, 0.0]), a.double(), b.double())
+    if not shares:
+        return None
+    return sum(gap / max(all_, 1e-30) for gap, all_ in shares.values()) / len(shares)
+
+
+def _add(total: list[float], dense: Tensor, pruned: Tensor) -> None:
+    total[0] += float((dense - pruned).square().sum())
+    total[1] += float((dense - dense.mean()).square().sum())
+
+
+def _floats(output: Any) -> Any:
+    return (torch.view_as_real(t) if t.is_complex() else t for t in tensors_in(output) if not _whole(t))
+
+
+def _whole(t: Tensor) -> bool:
+    return not (t.is_floating_point() or t.is_complex())
+
+
+def _commit(model: nn.Module, copy: nn.Module) -> list[Change]:
+    """Let every tensor that differs have the copy's values; the old ones are kept for undo.
+
+    What shares memory in the copy, as it did in the model, shares the new memory too.
+    """
+    changes = []
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    theirs: dict[str, Tensor] = dict((*copy.named_parameters(), *copy.named_buffers()))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        value = theirs[name]
+        if torch.equal(tensor, value):
+            continue
+        new = made.setdefault((value.data_ptr(), value.shape), value.detach().clone())
+        changes.append(_swap(tensor, new))
+    return changes
+
+
+def _swap(tensor: Tensor, new: Tensor) -> Change:
+    old = tensor.data
+
+    def put(data: Tensor) -> None:
+        grad, tensor.grad = tensor.grad, None
+        tensor.data = data
+        tensor.grad = grad
+
+    return Change(lambda: put(new), lambda: put(old))

@@ -1,0 +1,101 @@
+"""Running statistics of batch norms, computed anew on the samples: exactly, and each after the norms before it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunus.repair.chains import BATCH_NORMS
+from prunus.repair.lanes import Lane
+from prunus.repair.samples import Batch, held_share
+from prunus.repair.sites import arguments
+from prunus.repair.sweep import Run
+from prunus.repair.twins import sharing
+from prunus.repair.watch import guarded
+
+
+@dataclass(frozen=True)
+class _At:
+    """A batch norm that is about to run."""
+
+    nth: int
+    x: Tensor
+    mean: Tensor
+    var: Tensor
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, lane: Lane[_At]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.lane, self.nth = lane, -1
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.lane.check()
+        if func.overloadpacket.__name__ in BATCH_NORMS:
+            a = arguments(func, args, kwargs or {})
+            if a["running_mean"] is not None and not a.get("training", a.get("train")):
+                self.nth += 1
+                self.lane.halt(_At(self.nth, a["input"], a["running_mean"], a["running_var"]))
+        return func(*args, **(kwargs or {}))
+
+
+def reestimate(model: nn.Module, batches: Sequence[Batch], run: Run) -> tuple[int, list[Any]]:
+    """Set the running statistics of all batch norms to those of the samples that are not held out.
+
+    A norm that runs several times gets those of all its runs so far.
+
+    Returns:
+        how many norms were set, and what the model returned for each batch.
+    """
+    seen: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+    lanes = [Lane(_runner(sharing(model), batch.inputs, run)) for batch in batches]
+    with guarded():
+        try:
+            for lane in lanes:
+                lane.advance()
+            while stops := [lane.stop.nth for lane in lanes if lane.stop is not None]:
+                here = [k for k, lane in enumerate(lanes) if lane.stop is not None and lane.stop.nth == min(stops)]
+                _set([(batches[k], lanes[k].stop) for k in here], seen)
+                for k in here:
+                    lanes[k].advance()
+            return len(seen), [lane.result for lane in lanes]
+        finally:
+            for lane in lanes:
+                lane.close()
+
+
+def _runner(model: nn.Module, inputs: Any, run: Run) -> Any:
+    def go(lane: Lane[_At]) -> Any:
+        with guarded(), _Watch(lane):
+            return run(model, inputs)
+
+    return go
+
+
+def _set(stops: Sequence[tuple[Batch, _At | None]], seen: dict[int, list[tuple[int, Tensor, Tensor]]]) -> None:
+    """Mean and variance over all batches and places, as one."""
+    found = [at for _, at in stops if at is not None]
+    parts = seen.setdefault(id(found[0].mean), [])
+    for batch, at in stops:
+        if at is None:
+            continue
+        n = at.x.shape[0]
+        stay = n - held_share(n) if batch.held is None else n * (not batch.held)
+        x = at.x[:stay].movedim(1, 0).flatten(1)
+        if x.shape[1]:
+            x = x if x.dtype == torch.float64 else x.float()
+            mean = x.mean(1)
+            parts.append((x.shape[1], mean.double(), (x - mean.unsqueeze(1)).square().mean(1).double()))
+    total = sum(n for n, _, _ in parts)
+    if total < 2:
+        return
+    mean = sum((m * n for n, m, _ in parts), torch.zeros(())) / total
+    var = sum(((v + (m - mean).square()) * n for n, m, v in parts), torch.zeros(())) / (total - 1)
+    if bool(torch.isfinite(mean).all() and torch.isfinite(var).all()):
+        found[0].mean.copy_(mean)
+        found[0].var.copy_(var)

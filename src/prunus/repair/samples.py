@@ -1,0 +1,87 @@
+"""The samples to fit on: read once, checked, and split into those to fit and those to judge by."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from prunus.errors import InputError
+from prunus.tracing import tensors_in
+
+LANES = 5  # one batch in five is held out; with fewer batches, a fifth of each
+WHAT = "pass a DataLoader or a list of batches, and input_fn if a batch is not what the model is called with"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs of one call of the model; ``held`` says that all of it is held out, None that the last part of it is."""
+
+    inputs: Any
+    count: int
+    held: bool | None
+
+
+def read(loader: Iterable[Any], input_fn: Callable[[Any], Any] | None, most: int, model: nn.Module) -> list[Batch]:
+    """The first ``most`` samples (whole batches) of a loader, on the device of the model.
+
+    Raises:
+        InputError: there are fewer than two samples, or they hold NaN, or they are all the same.
+    """
+    if isinstance(loader, Tensor) or not isinstance(loader, Iterable):
+        raise InputError(f"the data is a {type(loader).__name__}, not something that yields batches: {WHAT}")
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    found: list[tuple[Any, int]] = []
+    for k, batch in enumerate(loader):
+        inputs = _moved(batch if input_fn is None else input_fn(batch), device)
+        first = next(tensors_in(inputs), None)
+        if first is None:
+            raise InputError(f"batch {k} of the data holds no tensor but a {type(batch).__name__}: {WHAT}")
+        if any(t.is_floating_point() and bool(t.isnan().any()) for t in tensors_in(inputs)):
+            raise InputError(f"batch {k} of the data holds NaN: repair would spread it; leave such samples out")
+        found.append((inputs, first.shape[0] if first.dim() else 1))
+        if sum(n for _, n in found) >= most:
+            break
+    total = sum(n for _, n in found)
+    if total < 2:
+        raise InputError(
+            f"the data yields {total or 'no'} sample{'' if total == 1 else 's'}: repair fits on some and judges by "
+            "others; give at least 16, better 256"
+        )
+    if _all_the_same([inputs for inputs, _ in found]):
+        raise InputError(f"all {total} samples of the data are the same: nothing can be fitted to them; give real ones")
+    return _split(found)
+
+
+def _moved(inputs: Any, device: torch.device) -> Any:
+    return tree_map(lambda t: t.to(device) if isinstance(t, Tensor) else t, inputs)
+
+
+def _split(found: list[tuple[Any, int]]) -> list[Batch]:
+    if len(found) >= LANES:
+        return [Batch(inputs, n, k % LANES == LANES - 1) for k, (inputs, n) in enumerate(found)]
+    if len(found) > 1 and min(n for _, n in found) < LANES:
+        return [Batch(inputs, n, k == len(found) - 1) for k, (inputs, n) in enumerate(found)]
+    return [Batch(inputs, n, None) for inputs, n in found]
+
+
+def _all_the_same(inputs: list[Any]) -> bool:
+    """Whether every sample equals the first one, in all float tensors (or, without any, in all tensors)."""
+    lists = [list(tensors_in(i)) for i in inputs]
+    if any(t.is_floating_point() for t in lists[0]):
+        lists = [[t for t in tensors if t.is_floating_point()] for tensors in lists]
+    for tensors in zip(*lists, strict=False):
+        one = tensors[0][:1] if tensors[0].dim() else tensors[0]
+        for tensor in tensors:
+            if tensor.shape[1:] != one.shape[1:] or not bool((tensor == one).all()):
+                return False
+    return True
+
+
+def held_share(count: int) -> int:
+    """How many of ``count`` rows of one batch are held out."""
+    return max(1, -(-count // LANES)) if count > 1 else 0

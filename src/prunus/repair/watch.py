@@ -1,0 +1,137 @@
+"""See every op of a run, and know which part of which parameter a multiplication reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from prunus.repair.sites import Call, Region, locate, parse
+
+
+class Key(NamedTuple):
+    """The ``nth`` multiplication of a run that reads the parameter ``name``."""
+
+    name: str
+    nth: int
+
+
+@dataclass(frozen=True)
+class Use:
+    """A multiplication by a parameter: what it computes, and which parts of which parameters it reads."""
+
+    key: Key
+    call: Call
+    region: Region
+    bias: tuple[str, Region] | None
+    step: int
+
+
+class Weights:
+    """The parameters of a model by the memory that holds them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.by_name = dict(model.named_parameters())
+        self.names: dict[str, tuple[str, ...]] = {}
+        self._in_memory: dict[int, list[tuple[int, int, str]]] = {}  # by storage: begin, end, name
+        first: dict[tuple[int, int], str] = {}
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            begin = int(parameter.storage_offset())
+            known = first.setdefault((_memory(parameter), begin), name)
+            self.names[known] = (*self.names.get(known, ()), name)
+            if known == name and parameter.numel():
+                parts = self._in_memory.setdefault(_memory(parameter), [])
+                parts.append((begin, begin + parameter.numel(), name))
+
+    def whole(self, tensor: Tensor) -> tuple[str, Tensor] | None:
+        """The parameter in whose memory a tensor begins."""
+        parts = self._in_memory.get(_memory(tensor), ()) if tensor.numel() else ()
+        begin = int(tensor.storage_offset()) if parts else 0
+        name = next((name for start, end, name in parts if start <= begin < end), None)
+        return None if name is None else (name, self.by_name[name])
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class Watch(TorchDispatchMode):
+    """Numbers the ops of a run, and tells of multiplications before and of all ops after they run.
+
+    Args:
+        weights: the parameters of the model that runs.
+        before: called with each multiplication by a parameter.
+        after: called with the op, its arguments, its result, and the use if it is one; what it returns, if anything,
+            is taken for the result.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        before: Callable[[Use], None] | None = None,
+        after: Callable[[int, Any, Any, Any, Any, Use | None], Any] | None = None,
+    ) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.weights, self.before, self.after = weights, before, after
+        self.step = -1
+        self._counts: dict[str, int] = {}
+        self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # by memory: a parameter in another dtype
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.step += 1
+        use = self._use(func, args, kwargs)
+        if use is not None and self.before is not None:
+            self.before(use)
+        result = func(*args, **kwargs)
+        if func.overloadpacket.__name__ in _CASTS and isinstance(result, Tensor) and args and result is not args[0]:
+            self._cast(result, args[0])
+        if self.after is not None:
+            other = self.after(self.step, func, args, kwargs, result, use)
+            return result if other is None else other
+        return result
+
+    def find(self, tensor: Tensor) -> tuple[str, Region] | None:
+        """The parameter, and the part of it, that a tensor shows (itself or in another dtype)."""
+        cast = self._casts.get(_memory(tensor)) if tensor.numel() else None
+        if cast is not None:
+            outer, inner = self.find(cast[1]), locate(tensor, cast[0])
+            return None if outer is None or inner is None else (outer[0], inner.inside(outer[1]))
+        found = self.weights.whole(tensor)
+        region = None if found is None else locate(tensor, found[1])
+        return None if found is None or region is None else (found[0], region)
+
+    def _cast(self, result: Tensor, source: Any) -> None:
+        if isinstance(source, Tensor) and self.find(source) is not None and _memory(result) != _memory(source):
+            self._casts[_memory(result)] = (result, source)
+
+    def _use(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Use | None:
+        call = parse(func, args, kwargs)
+        found = None if call is None else self.find(call.weight)
+        if call is None or found is None:
+            return None
+        name, region = found
+        nth = self._counts[name] = self._counts.get(name, -1) + 1
+        bias = None if call.bias is None else self.find(call.bias)
+        return Use(Key(name, nth), call, region, bias, self.step)
+
+
+_CASTS = frozenset({"to", "_to_copy", "type_as"})
+
+
+def tensors_of(args: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of an op, also in lists."""
+    for value in args.values() if isinstance(args, Mapping) else args:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (list, tuple)):
+            yield from tensors_of(value)
+
+
+def guarded() -> Any:
+    """Without gradients, as all runs of this package are."""
+    return torch.inference_mode()
