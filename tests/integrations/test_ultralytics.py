@@ -21,7 +21,7 @@ from ultralytics.nn.tasks import torch_safe_load
 from prunus import Target
 from prunus.errors import InputError
 from prunus.integrations.shapes import shapes
-from prunus.integrations.ultralytics import Job, Result, prune, run, save, trainer, width_facts
+from prunus.integrations.ultralytics import Job, Pictures, Result, prune, run, save, trainer, width_facts
 from prunus.integrations.ultralytics import training as training_module
 from prunus.integrations.ultralytics.stages import Reporter
 
@@ -192,6 +192,40 @@ def test_prune_marks_and_forgets_the_cached_predictor(tiny: YOLO) -> None:
     assert tiny.model.pruned["macs"] == [result.before.macs, result.after.macs]
     assert json.loads(json.dumps(tiny.model.pruned)) == tiny.model.pruned
     assert sum(p.numel() for p in tiny.model.parameters()) == result.after.params
+
+
+def test_pictures_are_what_the_model_sees_and_come_again(data: str) -> None:
+    pictures = Pictures(data, imgsz=96, count=10)
+    first, second = list(pictures), list(pictures)
+    assert len(first) == len(pictures) == 1
+    assert first[0].shape == (10, 3, 96, 96) and first[0].dtype == torch.float32
+    assert 0 <= float(first[0].min()) < 0.5 < float(first[0].max()) <= 1
+    assert torch.equal(first[0], second[0])
+    assert list(pictures.numbers) == [0, 1, 3, 4, 6, 8, 9, 11, 12, 14]
+    assert sum(len(batch) for batch in Pictures(data, imgsz=SIZE)) == 16
+
+
+def test_large_pictures_are_fewer(data: str) -> None:
+    assert len(Pictures(data, imgsz=2048).numbers) == 16
+
+
+def test_repair_on_pictures_brings_the_outputs_nearer_and_undoes(tiny: YOLO, data: str, tmp_path: Path) -> None:
+    with torch.no_grad():
+        for layer in tiny.model.modules():  # as if it were trained: what comes in matters for what comes out
+            if isinstance(layer, torch.nn.BatchNorm2d):
+                layer.weight.uniform_(1.0, 3.0)
+                layer.bias.normal_()
+    before = {k: v.clone() for k, v in tiny.model.state_dict().items()}
+    result = prune(tiny, Target(macs=0.5), imgsz=SIZE, data=Pictures(data, imgsz=SIZE), guard=False)
+    assert result.repair is not None and result.repair.accepted
+    assert result.repair.after < result.repair.before
+    images = torch.rand(1, 3, SIZE, SIZE)
+    with torch.no_grad():
+        expected = tiny.model.eval()(images)[0]
+        loaded = YOLO(save(tiny, tmp_path / "repaired.pt")).model.float().eval()(images)[0]
+    assert torch.allclose(loaded, expected, atol=2e-2, rtol=2e-2)  # the file holds half precision
+    result.undo()
+    assert all(torch.equal(v, before[k]) for k, v in tiny.model.state_dict().items())
 
 
 def test_prune_needs_no_gradients(tiny: YOLO) -> None:

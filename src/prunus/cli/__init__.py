@@ -45,6 +45,9 @@ def yolo(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
         str | None, typer.Option(help="cpu, mps or the number of a GPU.", show_default="the first GPU, else cpu")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of training and of the generated set.")] = 0,
+    repair: Annotated[
+        bool, typer.Option("--repair/--no-repair", help="Refit what the cut left on training pictures, without labels.")
+    ] = True,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a job that was cut.")] = False,
 ) -> None:
     """Prune a YOLO detector, fine-tune it, and write files that stock ultralytics loads."""
@@ -60,7 +63,7 @@ def yolo(  # noqa: PLR0913, PLR0917 - each argument is an option of the command
     except ImportError as error:
         problems.print(f"error: {error}", style="red", markup=False, highlight=False)
         raise typer.Exit(2) from error
-    job = Job(model, data, out, macs, epochs, dense_epochs, imgsz, batch, device, seed)
+    job = Job(model, data, out, macs, epochs, dense_epochs, imgsz, batch, device, seed, repair)
     try:
         with ScreenReporter(console) as reporter:
             result = run(job, resume=resume, reporter=reporter)

@@ -28,9 +28,10 @@ except ImportError as error:
 from prunus.integrations.ultralytics.checkpoint import save
 from prunus.integrations.ultralytics.facts import width_facts
 from prunus.integrations.ultralytics.job import run
+from prunus.integrations.ultralytics.pictures import Pictures
 from prunus.integrations.ultralytics.preflight import Job
 from prunus.integrations.ultralytics.pruning import prune
 from prunus.integrations.ultralytics.result import Figures, Result
 from prunus.integrations.ultralytics.training import trainer
 
-__all__ = ["Figures", "Job", "Result", "prune", "run", "save", "trainer", "width_facts"]
+__all__ = ["Figures", "Job", "Pictures", "Result", "prune", "run", "save", "trainer", "width_facts"]

@@ -37,6 +37,7 @@ class Job:
         batch: Pictures at a time in training; default 8 on shapes, else 16.
         device: ``cpu``, ``mps`` or the number of a GPU; default the first GPU, else the CPU.
         seed: Of training, and of the generated set.
+        repair: Refit what the cut left on training pictures (no labels), before fine-tuning.
     """
 
     model: str
@@ -49,6 +50,7 @@ class Job:
     batch: int | None = None
     device: str | None = None
     seed: int = 0
+    repair: bool = True
 
 
 @dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Arguments:
     batch: int
     device: str
     seed: int
+    repair: bool
 
     @property
     def workers(self) -> int:
@@ -97,6 +100,7 @@ def settle(job: Job) -> Arguments:
         batch=(_SHAPES_BATCH if on_shapes else _BATCH) if job.batch is None else job.batch,
         device=_device(job.device),
         seed=job.seed,
+        repair=job.repair,
     )
     _check_numbers(arguments, from_scratch)
     _check_packages()

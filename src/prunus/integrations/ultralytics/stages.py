@@ -14,6 +14,7 @@ from prunus import Target
 from prunus.integrations.shapes import shapes
 from prunus.integrations.ultralytics import measure
 from prunus.integrations.ultralytics.checkpoint import is_pruned, save
+from prunus.integrations.ultralytics.pictures import Pictures
 from prunus.integrations.ultralytics.preflight import SHAPES, Arguments
 from prunus.integrations.ultralytics.pruning import prune
 from prunus.integrations.ultralytics.state import State
@@ -88,9 +89,11 @@ def train_dense(run: Run) -> dict[str, Any]:
 
 
 def prune_model(run: Run) -> dict[str, Any]:
-    """Prune the dense model; write the pruned one and the plan."""
-    yolo = YOLO(run.dense)
-    result = prune(yolo, Target(macs=run.arguments.macs), imgsz=run.arguments.imgsz)
+    """Prune the dense model and repair what is left; write the pruned one and the plan."""
+    yolo, arguments = YOLO(run.dense), run.arguments
+    yolo.model.to(arguments.torch_device)
+    data = Pictures(run.data, imgsz=arguments.imgsz, device=arguments.torch_device) if arguments.repair else None
+    result = prune(yolo, Target(macs=arguments.macs), imgsz=arguments.imgsz, data=data)
     result.plan.save(run.out / PLAN)
     save(yolo, run.out / PRUNED)
     return {"macs": [result.before.macs, result.after.macs], "params": [result.before.params, result.after.params]}
@@ -133,7 +136,7 @@ STAGES: tuple[tuple[str, str, Callable[[Run], dict[str, Any]]], ...] = (
     ("data", "prepare the data", prepare_data),
     ("train_dense", "train the dense model", train_dense),
     ("dense", "validate the dense model", functools.partial(assess, "dense")),
-    ("prune", "prune", prune_model),
+    ("prune", "prune and repair", prune_model),
     ("pruned", "validate the pruned model", functools.partial(assess, "pruned")),
     ("finetune", "fine-tune", finetune),
     ("finetuned", "validate the fine-tuned model", functools.partial(assess, "finetuned")),
