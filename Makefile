@@ -1,6 +1,7 @@
 # make test    set everything up in .venv, then lint, types and tests
 # make demo    set everything up in .venv, then train, prune, fine-tune and export a detector on generated images
-# make bench   time the dependency graph against the forward pass and Torch-Pruning, and on decoders too big to hold
+# make bench   measure against Torch-Pruning: graph, repair; and budgets, latency, decoders too big to hold
+# make bench-zoo  time whole cuts of the zoo's networks against Torch-Pruning (an hour)
 # make zoo     prune real networks of many libraries, built at random, and check everything on each
 # make clean   remove .venv, caches and the output of demo, bench and zoo
 
@@ -12,11 +13,12 @@ VENV := .venv
 BIN := $(VENV)/bin
 # the environment is made from pyproject.toml alone, and again whenever that, or the Python, changes
 KEY := $(shell $(PYTHON) -c 'import hashlib, sys; print(hashlib.sha256(open("pyproject.toml", "rb").read() + sys.version.encode()).hexdigest()[:16])')
+BENCHES := graph scale budgets repair latency
 MADE := $(VENV)/made-from-$(KEY)
 MADE_BENCH := $(VENV)/made-bench-from-$(KEY)
 MADE_ZOO := $(VENV)/made-zoo-from-$(KEY)
 
-.PHONY: help venv test demo bench zoo clean
+.PHONY: help venv test demo bench bench-zoo zoo clean
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
@@ -48,8 +50,12 @@ demo: $(MADE)
 	$(BIN)/prunus yolo --model yolov8n.yaml --data shapes --macs 0.5 --imgsz 160 --out runs/demo
 
 bench: $(MADE_BENCH)
-	$(BIN)/python benchmarks/graph.py --out runs/bench/graph.json
-	$(BIN)/python benchmarks/scale.py --out runs/bench/scale.json
+	@status=0; for name in $(BENCHES); do \
+	  echo "== $$name"; $(BIN)/python benchmarks/$$name.py --out runs/bench/$$name.json || status=1; \
+	done; exit $$status
+
+bench-zoo: $(MADE_BENCH) $(MADE_ZOO)
+	$(BIN)/python benchmarks/zoo.py --out runs/bench/zoo.json
 
 zoo: $(MADE_ZOO)
 	$(BIN)/python zoo/run.py --out runs/zoo $(ZOO_ARGS)
