@@ -27,7 +27,7 @@ from prunus.standins import HollowValueError, Standin, decides, deciding, standi
 
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
-_COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})
+COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})  # functions whose parts are looked at
 _PLAIN = frozenset({int, float, bool, type(None), str})
 _NUMBERS = frozenset({int, float, bool})  # a list of an op that begins with one holds no tensors
 _COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
@@ -359,9 +359,9 @@ class FunctionMode(TorchFunctionMode):
             for size in tree_leaves((args, kwargs)):
                 if isinstance(size, Size):
                     size.enters_value()
-        if func in _COMPOSED_IN_PYTHON:
+        if func in COMPOSED_IN_PYTHON:
             with self:
-                return _unguarded(func)(*args, **kwargs)
+                return unguarded(func)(*args, **kwargs)
         before, tracer.call = tracer.call, PythonCall(func, args, kwargs)
         try:
             return func(*args, **kwargs)
@@ -369,7 +369,7 @@ class FunctionMode(TorchFunctionMode):
             tracer.call = before
 
 
-def _unguarded(func: types.FunctionType) -> Callable[..., Any]:
+def unguarded(func: types.FunctionType) -> Callable[..., Any]:
     """A copy of a torch function written in Python that does not hand itself over to the mode a second time."""
     never = {name: _never for name in func.__globals__ if name.startswith("has_torch_function")}
     copy = types.FunctionType(func.__code__, {**func.__globals__, **never}, func.__name__, func.__defaults__)

@@ -155,7 +155,7 @@ def _trace(
     def recording() -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(_marked(visible, ledger))
-            for context in (way.guard(), _without_mha_fastpath(), tracer.following_modules(), *way.modes(tracer)):
+            for context in (way.guard(), without_mha_fastpath(), tracer.following_modules(), *way.modes(tracer)):
                 stack.enter_context(context)
             yield
 
@@ -224,7 +224,7 @@ def _marked(modules: Modules, ledger: Ledger) -> Iterator[None]:
 
 
 @contextmanager
-def _without_mha_fastpath() -> Iterator[None]:
+def without_mha_fastpath() -> Iterator[None]:
     """The fused path of multi-head attention hides its ops."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)

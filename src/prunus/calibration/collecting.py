@@ -17,7 +17,7 @@ from prunus.calibration.batches import batches_of, sample_of, samples_in, split_
 from prunus.calibration.recording import Recorder
 from prunus.calibration.statistics import Calibration, Gradient
 from prunus.errors import InputError
-from prunus.tracing import ForwardFn, _without_mha_fastpath, call_model, tensors_in
+from prunus.tracing import ForwardFn, call_model, tensors_in, without_mha_fastpath
 from prunus.untouched import untouched
 
 EVERYTHING = ("activations", "gradients", "grams")
@@ -90,7 +90,7 @@ def calibrate(  # noqa: PLR0913 - each keyword is a choice of the user
     if any(p.is_meta for _, p in names):
         raise InputError("calibrate: the model is on the meta device and has no values to run; calibrate a real copy")
     run = _Run(model, settings, keep, max_gram if "grams" in collect else 0, gram_rows)
-    with _as_found(model, run.parameters if run.with_gradients else {}), _without_mha_fastpath():
+    with _as_found(model, run.parameters if run.with_gradients else {}), without_mha_fastpath():
         for batch in _shown(batches_of(loader, steps), _length(loader, steps), progress):
             run.add(batch)
     return run.result(names)

@@ -15,7 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from prunus.calibration.patches import Conv, patches
 from prunus.calibration.statistics import Reading
-from prunus.modes import _COMPOSED_IN_PYTHON, _unguarded
+from prunus.modes import COMPOSED_IN_PYTHON, unguarded
 
 _CONV = {torch.conv1d: 1, torch.conv2d: 2, torch.conv3d: 3}
 _TRANSPOSED = {torch.conv_transpose1d: 1, torch.conv_transpose2d: 2, torch.conv_transpose3d: 3}
@@ -57,9 +57,9 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _COMPOSED_IN_PYTHON:
+        if func in COMPOSED_IN_PYTHON:
             with self:
-                return _unguarded(func)(*args, **kwargs)
+                return unguarded(func)(*args, **kwargs)
         out = func(*args, **kwargs)
         watch = self._watcher(func)
         if watch is not None:
