@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from prunus.errors import InputError, SurgeryError
-from prunus.held import CHANNELS
+from prunus.held import CHANNELS, submodule
 from prunus.opaque import find_customized
 from prunus.plan import Plan, Removal
 
@@ -44,7 +44,7 @@ def layer_cuts(
                 "pass plan.apply(model, customized_pruners={...})"
             )
         try:
-            layer = model.get_submodule(path)
+            layer = submodule(model, path)
         except AttributeError as error:
             raise SurgeryError(f"the model has no layer {path}: the plan was made for another model") from error
         found.append(LayerCut(path, layer, pruner, removals, optimizer))

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import nn
 
+from prunus.held import submodule
 from prunus.labels import Ids, Labelled
 from prunus.ledger import Ledger, Number
 
@@ -358,7 +359,7 @@ def read_attribute(model: nn.Module, attribute: Attribute) -> int:
 
 
 def _holder(model: nn.Module, attribute: Attribute) -> tuple[Any, str]:
-    holder: Any = model.get_submodule(attribute.path)
+    holder: Any = submodule(model, attribute.path)
     *through, last = attribute.name.split(".")
     for name in through:
         holder = getattr(holder, name)

@@ -23,7 +23,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from prunus.containers import container_swaps
 from prunus.errors import SurgeryError
 from prunus.handlers import layer_cuts, tensor_removals
-from prunus.held import layer_of
+from prunus.held import layer_of, submodule
 from prunus.plan import Mirror, Plan, Removal, Scaling
 from prunus.sizes import attribute_home
 from prunus.untouched import untouched
@@ -158,7 +158,7 @@ def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tenso
     """The tensor of that name, after checking that the plan fits it."""
     path, _, key = name.rpartition(".")
     try:
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         tensor = getattr(module, key)
     except AttributeError as error:
         raise SurgeryError(f"the model has no tensor {name}: the plan was made for another model") from error
@@ -277,7 +277,7 @@ def _recomputed(model: nn.Module, plan: Plan) -> list[Change]:
     """Weights that a hook computes before each forward, of the (already cut) tensors."""
     changes = []
     for path in sorted(_cut_layers(model, plan)):
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, (WeightNorm, SpectralNorm)):
                 iterate = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
@@ -291,22 +291,22 @@ def _mirror_changes(model: nn.Module, plan: Plan) -> list[Change]:
     owners = _cut_layers(model, plan) | {setting.path for setting in plan.settings}
     changes = [_mirror(model, mirror) for mirror in plan.mirrors]
     for path in sorted(owners):
-        module = model.get_submodule(path)
+        module = submodule(model, path)
         with untouched(module) if parametrize.is_parametrized(module) else nullcontext():  # reading may compute
             sizes = mirrored(module)
         for key, value in sizes.items():
             if key in module.__dict__ and module.__dict__[key] != value:
                 changes.append(_swap_key(module.__dict__, key, value))
         parent, _, child = path.rpartition(".")
-        if child == "out_proj" and isinstance(model.get_submodule(parent), nn.MultiheadAttention):
-            attention = model.get_submodule(parent)
+        if child == "out_proj" and isinstance(submodule(model, parent), nn.MultiheadAttention):
+            attention = submodule(model, parent)
             changes += [_swap_key(attention.__dict__, k, v) for k, v in mirrored(attention).items()]
     return changes
 
 
 def _attribute(model: nn.Module, name: str) -> Any:
     path, _, key = name.rpartition(".")
-    return getattr(model.get_submodule(path), key)
+    return getattr(submodule(model, path), key)
 
 
 def _mirror(model: nn.Module, mirror: Mirror) -> Change:
@@ -314,7 +314,7 @@ def _mirror(model: nn.Module, mirror: Mirror) -> Change:
     size = int(tensor.shape[mirror.dim])
     if size % mirror.divide:
         raise SurgeryError(f"{mirror.tensor} dim {mirror.dim} has size {size}, not a multiple of {mirror.divide}")
-    return _swap_key(model.get_submodule(mirror.path).__dict__, mirror.name, size // mirror.divide)
+    return _swap_key(submodule(model, mirror.path).__dict__, mirror.name, size // mirror.divide)
 
 
 def mirrored(module: nn.Module) -> dict[str, Any]:
@@ -380,7 +380,7 @@ def borrowed(model: nn.Module, tensors: Mapping[str, torch.Tensor]) -> Iterator[
     try:
         for name, values in tensors.items():
             path, _, key = name.rpartition(".")
-            tensor = getattr(model.get_submodule(path), key)
+            tensor = getattr(submodule(model, path), key)
             own.append((tensor, tensor.data))
             tensor.data = values
         yield
