@@ -58,11 +58,12 @@ def submodule(model: nn.Module, path: str) -> nn.Module:
     Raises:
         AttributeError: there is none.
     """
-    found: nn.Module | None = model
+    found = model
     for name in path.split(".") if path else ():
-        found = found._modules.get(name) if found is not None else None
-    if found is None:
-        raise AttributeError(f"there is no module {path}")
+        child = found._modules.get(name)
+        if child is None:  # a compiled model passes on the children of the one inside
+            child = found.get_submodule(name)
+        found = child
     return found
 
 
