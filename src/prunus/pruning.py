@@ -186,8 +186,9 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         units, budget = spent.units, spent.budget
     if units.size == 0:
         raise NothingToPruneError(f"{target} removes nothing: the groups are too small for it; ask for more")
-    before, dense = graph.alive, _remembered(graph.model, data, device)
-    receipt = graph._prune(units, optimizer=optimizer)
+    plan, after = graph._plan(units)
+    before, dense = graph.alive, _remembered(graph.model, plan, data, device)
+    receipt = graph._apply(plan, after, optimizer=optimizer)
     repaired = None
     try:
         if dense is not None:
@@ -198,9 +199,9 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     return PruneResult(receipt.plan, receipt, graph, (before, graph.alive), budget, repaired)
 
 
-def _remembered(model: nn.Module, data: Iterable[Any] | None, device: Any) -> nn.Module | None:
+def _remembered(model: nn.Module, plan: Plan, data: Iterable[Any] | None, device: Any) -> nn.Module | None:
     """The model as it is before the cut, where something may be made up for."""
-    if data is None and (device is not None or not may_have_constants(model)):
+    if data is None and (device is not None or not may_have_constants(model, plan)):
         return None
     try:
         return frozen(model)

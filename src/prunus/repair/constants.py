@@ -39,7 +39,7 @@ def fold_constants(dense: nn.Module, model: nn.Module, plan: Plan, inputs: Any, 
     Returns:
         changes to be made on ``model``; none where no removed channel is constant.
     """
-    if not may_have_constants(dense):
+    if not may_have_constants(dense, plan):
         return []
     try:
         with untouched(model), untouched(dense):
@@ -60,18 +60,24 @@ def fold_constants(dense: nn.Module, model: nn.Module, plan: Plan, inputs: Any, 
     return changes
 
 
-def may_have_constants(model: nn.Module) -> bool:
-    """Whether some layer has a row of zeros, or some norm a weight of zero."""
-    for name, p in model.named_parameters():
-        if p.is_meta or not p.is_floating_point() or p.numel() == 0:
+def may_have_constants(model: nn.Module, plan: Plan) -> bool:
+    """Whether the plan removes a row of zeros of some layer, or a weight of zero of some norm."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for removal in plan.removals:
+        p = parameters.get(removal.tensor)
+        if (
+            p is None
+            or p.is_meta
+            or not p.is_floating_point()
+            or (p.dim() == 1 and not removal.tensor.endswith("weight"))
+        ):
             continue
-        if p.dim() == 1 and name.endswith("weight") and bool((p == 0).any()):
+        corner: tuple[Any, ...] = tuple(slice(None) if d == removal.dim else 0 for d in range(p.dim()))
+        zeros = set((p.detach()[corner] == 0).nonzero().flatten().tolist())  # few rows begin with one
+        suspects = [k for k in removal.positions if k in zeros]
+        rows = p.detach().movedim(removal.dim, 0)[suspects]
+        if suspects and bool((rows == 0).reshape(len(suspects), -1).all(1).any()):
             return True
-        if p.dim() > 1:
-            rows = p.detach().flatten(1)
-            suspects = rows[:, 0] == 0  # few rows begin with a zero
-            if bool(suspects.any()) and bool((rows[suspects] == 0).all(1).any()):
-                return True
     return False
 
 
