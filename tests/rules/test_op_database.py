@@ -39,6 +39,7 @@ CORE_WITHOUT_RULE = {
     "aten::empty_strided": MADE,
     "aten::randperm": MADE,
     "aten::scalar_tensor": MADE,
+    "aten::sym_is_contiguous": NUMBER,
     "aten::sym_numel": NUMBER,
     "aten::sym_size": NUMBER,
     "aten::sym_storage_offset": NUMBER,
