@@ -1,6 +1,6 @@
 # make test    set everything up in .venv, then lint, types and tests
 # make demo    set everything up in .venv, then train, prune, fine-tune and export a detector on generated images
-# make bench   measure against Torch-Pruning: graph, repair; and budgets, latency, decoders too big to hold
+# make bench   measure graph and repair against Torch-Pruning, and decoders too big to hold (BENCHES='budgets latency': those)
 # make bench-zoo  time whole cuts of the zoo's networks against Torch-Pruning (an hour)
 # make zoo     prune real networks of many libraries, built at random, and check everything on each
 # make clean   remove .venv, caches and the output of demo, bench and zoo
@@ -13,7 +13,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # the environment is made from pyproject.toml alone, and again whenever that, or the Python, changes
 KEY := $(shell $(PYTHON) -c 'import hashlib, sys; print(hashlib.sha256(open("pyproject.toml", "rb").read() + sys.version.encode()).hexdigest()[:16])')
-BENCHES := graph scale budgets repair latency
+BENCHES ?= graph scale repair
 MADE := $(VENV)/made-from-$(KEY)
 MADE_BENCH := $(VENV)/made-bench-from-$(KEY)
 MADE_ZOO := $(VENV)/made-zoo-from-$(KEY)
