@@ -24,7 +24,7 @@ from prunus.modes import Event, FunctionMode, Tracer
 from prunus.opaque import Customized, OpaqueTracer, find_customized, stand_in
 from prunus.sizes import mark_attributes
 from prunus.standins import HollowValueError
-from prunus.untouched import untouched
+from prunus.untouched import untouched, without_mha_fastpath
 
 
 @dataclass(frozen=True)
@@ -221,17 +221,6 @@ def _marked(modules: Modules, ledger: Ledger) -> Iterator[None]:
             if len(fields) > len(names):
                 for name in set(fields).difference(names):
                     del fields[name]
-
-
-@contextmanager
-def without_mha_fastpath() -> Iterator[None]:
-    """The fused path of multi-head attention hides its ops."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:

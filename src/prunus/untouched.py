@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["untouched"]
+__all__ = ["untouched", "without_mha_fastpath"]
 
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})  # hooks are kept in ordered dictionaries
 
@@ -38,6 +38,17 @@ def untouched(model: nn.Module, modules: Sequence[nn.Module] | None = None, *, v
         for module in modules:
             vars(module)["training"] = False
         yield
+
+
+@contextmanager
+def without_mha_fastpath() -> Iterator[None]:
+    """The fused path of multi-head attention hides its ops."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 def _restore(memories: list[_Memory]) -> None:

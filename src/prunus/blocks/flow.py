@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunus.held import Modules, held_tensors
 from prunus.tracing import ForwardFn, Inputs, call_model, tensors_in
-from prunus.untouched import untouched
+from prunus.untouched import untouched, without_mha_fastpath
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 
@@ -66,9 +66,7 @@ class Subject:
     def run(self, *contexts: Any) -> list[torch.Tensor]:
         """The float tensors that the model returns in evaluation mode; it is left as it came."""
         with untouched(self.model), torch.no_grad(), ExitStack() as stack:
-            fast = torch.backends.mha.get_fastpath_enabled()
-            torch.backends.mha.set_fastpath_enabled(False)  # it hides the ops
-            stack.callback(torch.backends.mha.set_fastpath_enabled, fast)
+            stack.enter_context(without_mha_fastpath())
             stack.enter_context(torch.compiler.set_stance("force_eager"))
             for context in contexts:
                 stack.enter_context(context)

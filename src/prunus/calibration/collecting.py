@@ -17,8 +17,8 @@ from prunus.calibration.batches import batches_of, sample_of, samples_in, split_
 from prunus.calibration.recording import Recorder
 from prunus.calibration.statistics import Calibration, Gradient
 from prunus.errors import InputError
-from prunus.tracing import ForwardFn, call_model, tensors_in, without_mha_fastpath
-from prunus.untouched import untouched
+from prunus.tracing import ForwardFn, call_model, tensors_in
+from prunus.untouched import untouched, without_mha_fastpath
 
 EVERYTHING = ("activations", "gradients", "grams")
 

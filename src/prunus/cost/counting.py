@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.cost.formulas import MACS, OPERATIONS
 from prunus.errors import InputError
-from prunus.untouched import untouched
+from prunus.untouched import untouched, without_mha_fastpath
 
 __all__ = ["Cost", "call", "count", "count_ops_and_params", "count_params"]
 
@@ -214,13 +214,8 @@ def _steady(model: nn.Module) -> Iterator[None]:
     In inference mode composite ops (linear, attention) arrive whole. `nn.MultiheadAttention` and
     `nn.TransformerEncoder` are kept off their fused path, which hides the ops, and compiled code is not run.
     """
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with untouched(model), torch.compiler.set_stance("force_eager"), torch.inference_mode():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fastpath)
+    with without_mha_fastpath(), untouched(model), torch.compiler.set_stance("force_eager"), torch.inference_mode():
+        yield
 
 
 def _describe(inputs: Any) -> str:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map_only
 
 from prunus.cost.counting import call as run_model
 from prunus.rules import lookup
-from prunus.untouched import untouched
+from prunus.untouched import untouched, without_mha_fastpath
 
 Shape = tuple[int, ...]
 MOST_COPIES = 64  # of the weights of one call
@@ -141,15 +141,12 @@ def record_calls(
     def enter(module: nn.Module, args: Any) -> None:
         entered[0] += 1
 
-    fastpath = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
     hook = nn.modules.module.register_module_forward_pre_hook(enter)
     try:
-        with untouched(model), torch.inference_mode(), recorder:
+        with without_mha_fastpath(), untouched(model), torch.inference_mode(), recorder:
             (run_model if forward_fn is None else forward_fn)(model, example_inputs)
     finally:
         hook.remove()
-        torch.backends.mha.set_fastpath_enabled(fastpath)
     return recorder.calls, entered[0]
 
 

@@ -21,7 +21,7 @@ from prunus.repair.twins import frozen, separate, sharing
 from prunus.repair.watch import Watch, Weights, guarded
 from prunus.surgery import Change, Receipt, apply
 from prunus.tracing import ForwardFn, call_model, tensors_in
-from prunus.untouched import untouched
+from prunus.untouched import untouched, without_mha_fastpath
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 
@@ -110,10 +110,8 @@ class _Work:
 
     def report(self, receipt: Receipt) -> RepairReport:
         """Repair a copy, judge it, and let the model have its values."""
-        torch_fast = torch.backends.mha.get_fastpath_enabled()
-        torch.backends.mha.set_fastpath_enabled(False)
         try:
-            with untouched(self.model), untouched(self.dense):
+            with without_mha_fastpath(), untouched(self.model), untouched(self.dense):
                 copy = separate(self.model)
                 found = self._on(copy)
         except PrunusError:
@@ -123,8 +121,6 @@ class _Work:
                 f"the model cannot run on the data ({type(error).__name__}: {error}): call it with what input_fn "
                 "makes of a batch, in eval mode, to see where; if batches hold labels, pass input_fn=lambda b: b[0]"
             ) from error
-        finally:
-            torch.backends.mha.set_fastpath_enabled(torch_fast)
         layers, before, after, accepted, norms, notes = found
         if accepted:
             for change in _commit(self.model, copy):
