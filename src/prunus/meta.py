@@ -7,7 +7,6 @@ such values runs as it is written. Code that branches on values that depend on w
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from math import prod
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.errors import InputError
-from prunus.modes import MARK, FunctionMode, Tracer
+from prunus.modes import MARK, FunctionMode, Tracer, tensors_among
 
 LARGEST_REAL = 1 << 16  # a constant with more entries than this is not made
 _META = torch.device("meta")
@@ -55,7 +54,7 @@ class MetaMode(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        tensors = list(_tensors((*args, *kwargs.values())))
+        tensors = list(tensors_among((*args, *kwargs.values())))
         if tensors:
             empty = self.strict or any(self._is_empty(t) for t in tensors)
         else:
@@ -94,14 +93,6 @@ class MetaMode(TorchDispatchMode):
         if labelled is None or self.strict:
             self._kept[id(tensor)] = (tensor, twin)
         return twin
-
-
-def _tensors(values: Iterable[Any]) -> Iterable[torch.Tensor]:
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _tensors(value)
 
 
 def _size(args: Any) -> int:

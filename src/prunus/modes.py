@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from math import prod
 from typing import Any, NamedTuple
@@ -182,7 +182,7 @@ class Tracer(TorchDispatchMode):
         """End the run if more than the values of the op's result depends on values that were not computed."""
         seen = deciding(func, args)
         named = kwargs.values() if seen is args else ()
-        if any(self._leaked or self.labels_of(tensor).hollow for tensor in _flat((*seen, *named))):
+        if any(self._leaked or self.labels_of(tensor).hollow for tensor in tensors_among((*seen, *named))):
             raise HollowValueError(func.name())
 
     def _classify(self, func: Any) -> _Entry:
@@ -222,7 +222,7 @@ class Tracer(TorchDispatchMode):
         self.ledger.step = len(self.events)
         op = Op(entry.name, self.ledger, inputs, [tuple(r.shape) for r in outputs], self.call)
         if entry.dtypes:
-            op.dtypes = [t.dtype for t in _flat((*args, *kwargs.values()))]
+            op.dtypes = [t.dtype for t in tensors_among((*args, *kwargs.values()))]
         found = self._apply(entry, op, lowered, named)
         if self._numbered:
             found = _numbers(op, found)
@@ -305,13 +305,13 @@ class Tracer(TorchDispatchMode):
         return value
 
 
-def _flat(values: Sequence[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among arguments, in the order in which rules see them."""
+def tensors_among(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among an op's arguments, also in lists, in the order in which rules see them."""
     for value in values:
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, (list, tuple)):
-            yield from _flat(value)
+            yield from tensors_among(value)
 
 
 def _numbers(op: Op, found: Any) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prunus.held import Modules, held_tensors
+from prunus.modes import tensors_among
 from prunus.tracing import ForwardFn, Inputs, call_model, tensors_in
 from prunus.untouched import untouched, without_mha_fastpath
 
@@ -98,15 +99,6 @@ def float_leaves(value: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
-def _flat(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among an op's arguments, in order."""
-    for value in values:
-        if isinstance(value, torch.Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from _flat(value)
-
-
 class Recorder(TorchDispatchMode):
     """Numbers tensors and notes steps and calls; the same numbers in every run that does the same."""
 
@@ -170,7 +162,7 @@ class Recorder(TorchDispatchMode):
         kwargs = kwargs or {}
         if self._paused:
             return func(*args, **kwargs)
-        ins = [*_flat(args), *_flat(kwargs.values())] if kwargs else [*_flat(args)]
+        ins = [*tensors_among(args), *tensors_among(kwargs.values())] if kwargs else [*tensors_among(args)]
         numbers = tuple([self.number(t) for t in ins])
         step = len(self.steps)
         with self.paused():
@@ -178,7 +170,7 @@ class Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         with self.paused():
             result = self.computed(step, func, args, kwargs, result)
-        made = [*_flat((result,))]
+        made = [*tensors_among((result,))]
         outs = tuple([self._renumber(t) for t in made])
         kinds = [kind for kind in (self._active, self._kept) if any(n in kind for n in numbers)]
         if kinds:

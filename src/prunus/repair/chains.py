@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.modes import tensors_among
 from prunus.repair.sites import arguments
-from prunus.repair.watch import Key, Use, tensors_of
+from prunus.repair.watch import Key, Use
 
 MARK = "_prunus_step"
 SMALL = 1e-4  # scales of norms below this share of the largest are not divided by
@@ -83,7 +84,7 @@ class Recorder:
         """Note an op."""
         name = func.overloadpacket.__name__
         inputs = []
-        for tensor in (*tensors_of(args), *tensors_of(kwargs)):
+        for tensor in tensors_among((*args, *kwargs.values())):
             origin = getattr(tensor, MARK, None)
             if origin is not None:
                 inputs.append(origin)
@@ -91,8 +92,8 @@ class Recorder:
             elif use is None and name in _MULTIPLY and (found := self.find(tensor)) is not None:
                 self.other_readers.setdefault(found[0], name)
         inverse, norm = _inverse_of(name, func, args, kwargs, result) if inputs else (None, None)
-        self.steps.append(_Step(name, tuple(inputs), tuple(t.shape for t in tensors_of(args)), inverse, norm))
-        for tensor in tensors_of((result,)):
+        self.steps.append(_Step(name, tuple(inputs), tuple(t.shape for t in tensors_among(args)), inverse, norm))
+        for tensor in tensors_among((result,)):
             setattr(tensor, MARK, step)
         if use is not None:
             self.uses[use.key] = _light(use)

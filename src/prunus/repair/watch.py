@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -121,15 +121,6 @@ class Watch(TorchDispatchMode):
 
 
 _CASTS = frozenset({"to", "_to_copy", "type_as"})
-
-
-def tensors_of(args: Any) -> Iterator[Tensor]:
-    """The tensors among the arguments of an op, also in lists."""
-    for value in args.values() if isinstance(args, Mapping) else args:
-        if isinstance(value, Tensor):
-            yield value
-        elif isinstance(value, (list, tuple)):
-            yield from tensors_of(value)
 
 
 def guarded() -> Any:
