@@ -71,7 +71,7 @@ def ladder(number: int, ranking: Ranking, scores: Scores, cap: float, round_to: 
     stops = count - kept[kept >= least]
     if not stops.size:
         return Ladder(number, family, ranking, stops, np.empty(0))
-    sums = np.nan_to_num(scores[np.stack(ranking.bundles)], nan=0.0, posinf=HUGE, neginf=-HUGE)
+    sums = np.nan_to_num(scores[ranking.table], nan=0.0, posinf=HUGE, neginf=-HUGE)
     total = np.concatenate(([0.0], np.cumsum(sums.sum(axis=1))))
     return Ladder(number, family, ranking, stops, np.diff(total[stops], prepend=0.0))
 
@@ -168,8 +168,8 @@ def offered(
             kept = max(one.family.least, int(one.family.count * (1 - min(share, cap)) + 1e-9))
             fixed[k] = max(len(one.bundles) - kept, 0)
             ladders[k] = replace(ladders[k], stops=ladders[k].stops[:0], losses=ladders[k].losses[:0])
-    flat = [np.concatenate(r.bundles) if r.bundles else np.empty(0, dtype=np.int64) for r in (*rows, *others)]
-    width = [len(r.bundles[0]) if r.bundles else 0 for r in (*rows, *others)]
+    flat = [r.table.reshape(-1) for r in (*rows, *others)]
+    width = [r.table.shape[1] for r in (*rows, *others)]
 
     def choose(lost: Lost) -> Ids:
         first = [flat[k][: width[k] * n] for k, n in enumerate(lost[: len(rows)].tolist())]
@@ -179,9 +179,7 @@ def offered(
             return np.concatenate(
                 [gone, *(flat[len(rows) + k][: width[len(rows) + k] * n] for k, n in enumerate(after))]
             )
-        left = alive.copy()
-        left[found.coupling.atoms_of(gone)] = False
-        still = found.coupling.alive_units(left)
+        still = found.coupling.alive_units(found.coupling.without(alive, gone))
         parts = [gone]
         for one, n in zip(others, after, strict=True):
             now = rank(one.family, scores[1], still)

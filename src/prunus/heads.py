@@ -88,9 +88,7 @@ def choose_positions(found: Offer, scores: Scores, alive: Alive, policy: Policy,
 
 def positions_to_go(found: Offer, scores: Scores, alive: Alive, policy: Policy, gone: Ids) -> list[Ids]:
     """The same for each of ``found.families``."""
-    left = alive.copy()
-    left[found.coupling.atoms_of(gone)] = False
-    living = found.coupling.alive_units(left)
+    living = found.coupling.alive_units(found.coupling.without(alive, gone))
     rankings = [with_widths(found.coupling, rank(f, scores, living), policy.round_to) for f in found.families]
     return choose_each(rankings, policy)
 

@@ -128,8 +128,7 @@ def _follow(coupling: Coupling, alive: Alive, after: Alive) -> Alive:
     left = np.zeros(units.total, dtype=bool)
     left[coupling.unit_of_atom[real[after[real]]]] = True
     dead = np.union1d(np.flatnonzero(now & ~left & before), np.array(gone, dtype=np.int64))
-    final = alive.copy()
-    final[coupling.atoms_of(dead)] = False
+    final = coupling.without(alive, dead)
     if not np.array_equal(final & kept, after & kept):
         raise SurgeryError(
             "the plan takes a part of what must go together in this graph: it was made for another model, or the model "

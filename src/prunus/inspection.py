@@ -60,9 +60,7 @@ def groups_of(graph: DependencyGraph, prune_num_heads: bool = False) -> tuple[Gr
         if one.stops.size:
             lost = choices.fixed.copy()
             lost[one.number] = one.stops[0]
-            left = graph.alive.copy()
-            left[coupling.atoms_of(choices.choose(lost))] = False
-            after = footprint(coupling, left)
+            after = footprint(coupling, coupling.without(graph.alive, choices.choose(lost)))
             macs, params = dense.macs - after.macs, dense.params - after.params
         width = len(one.ranking.bundles[0]) if one.ranking.bundles else 0
         first = names[0] if names else "(no layer)"

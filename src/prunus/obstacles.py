@@ -26,8 +26,7 @@ def obstacles(coupling: Coupling, alive: Alive, choices: Offered, budget: str) -
     lost = choices.fixed.copy()
     for one in choices.ladders:
         lost[one.number] = max(int(one.stops[-1]) if one.stops.size else 0, int(lost[one.number]))
-    left = alive.copy()
-    left[coupling.atoms_of(choices.choose(lost))] = False
+    left = coupling.without(alive, choices.choose(lost))
     measure = _params_by_layer if budget in ("params", "memory") else _macs_by_layer
     dense, now = measure(coupling, alive), measure(coupling, left)
     total = max(sum(dense.values()), 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -272,10 +273,5 @@ def _cut_and(graph: DependencyGraph, measure: Callable[[nn.Module], float]) -> C
 
 def _timing(graph: DependencyGraph, model: LatencyModel, choices: Callable[[int | None], Offered]) -> Timing:
     """What a search for a latency needs."""
-
-    def without(units: Ids) -> Alive:
-        left = graph.alive.copy()
-        left[graph.coupling.atoms_of(units)] = False
-        return left
-
+    without = partial(graph.coupling.without, graph.alive)
     return Timing(model, _cut_and(graph, lambda m: model.measured()), choices, without)

@@ -48,8 +48,7 @@ def costs_of(coupling: Coupling, alive: Alive, target: Target, special: dict[str
     count = PlanCost(coupling)
 
     def costs(units: Ids) -> Costs:
-        left = alive.copy()
-        left[coupling.atoms_of(units)] = False
+        left = coupling.without(alive, units)
         found: dict[str, float] = {}
         if {"macs", "params"} & target.asked.keys():
             macs, params = count(left)

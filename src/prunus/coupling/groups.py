@@ -169,6 +169,12 @@ class Coupling:
                     gone[start : start + self.pieces.length[piece]] = True
         return np.flatnonzero(gone)
 
+    def without(self, alive: NDArray[np.bool_], units: Ids) -> NDArray[np.bool_]:
+        """Which of the ``alive`` atoms are left when ``units`` go."""
+        left = alive.copy()
+        left[self.atoms_of(units)] = False
+        return left
+
     def _atoms_of_few(self, units: Ids) -> Ids:
         """The same without looking at every atom of the model."""
         own, pieces = self.units, self.pieces
