@@ -24,6 +24,7 @@ from prunus.untouched import untouched
 FINE, COARSE = 8, 4  # widths at which a call is measured: those that multiply, and all others
 CACHED = 16 << 20  # bytes of weights that may stay in a processor's cache from one run to the next
 DOUBTS, SLOWER = 3, 1.2  # how often a narrow call is timed again that takes so much longer than at full width
+STEEPER = 1.25  # so much more than in proportion to its calls may a model gain
 STEP = 8  # measured widths are multiples of it
 _MULTIPLY = frozenset(name.partition("::")[2] for name in MACS)
 
@@ -100,8 +101,9 @@ class LatencyModel:
     def calibrate(self, alive: Alive, measured: float) -> None:
         """Let the sum of calls and a constant explain two models: the dense one, and one with only the ``alive`` atoms.
 
-        The constant is not taken to be negative, nor calls to be less than half as slow as they are alone, or than the
-        dense model says; a measurement that says so met noise.
+        Calls are not taken to be less than half as slow as they are alone, or than the dense model says, nor a quarter
+        slower than that (the constant is then negative: calls of a large model crowd each other out of the caches); a
+        measurement that says so met noise.
 
         Args:
             alive: what is left of the second model.
@@ -112,7 +114,7 @@ class LatencyModel:
             return
         steepest = self.dense / self._parts
         slope = (self.dense - measured) / (self._parts - parts)
-        self._scale = min(max(slope, 0.5 * min(1.0, steepest)), steepest)
+        self._scale = min(max(slope, 0.5 * min(1.0, steepest)), STEEPER * steepest)
         self._overhead = self.dense - self._scale * self._parts
 
     def _sum(self, sizes: Any, exact: bool) -> float:
