@@ -116,6 +116,17 @@ class TestSums:
         assert torch.allclose(found.gradients["weight"].square, x.square().mean(dim=0).expand(2, 3), atol=1e-6)
         assert not found.has_loss
 
+    def test_random_projections_of_a_whole_batch_are_right_on_average(self) -> None:
+        net = nn.Linear(3, 2, bias=False)
+        x = torch.randn(4, 3)
+        found = [tp.calibrate(net, x, per_sample=False, seed=seed) for seed in range(400)]
+        assert {one.samples for one in found} == {4}
+        assert not any(one.rows_are_samples for one in found)
+        square = torch.stack([one.gradients["weight"].square for one in found]).mean(dim=0)
+        assert torch.allclose(square, x.square().mean(dim=0).expand(2, 3), rtol=0.3)
+        for one in found[:2]:
+            assert one.readings["weight"].energies(net.weight, one.samples).tolist() == [[1.0, 1.0]]
+
     def test_patches_and_energies_of_a_grouped_convolution(self) -> None:
         net = Net().eval()
         found = tp.calibrate(net, loader(8), F.cross_entropy).readings["grouped.weight"]
