@@ -7,23 +7,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
 from prunus.allocation import Allocation, Offered, offered
 from prunus.budget import Budget, Found, Target
 from prunus.cost import LatencyModel, LatencyTable, MemoryModel
+from prunus.coupling import Family
 from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
-from prunus.heads import choose_positions, choose_rows, offer
+from prunus.heads import Offer, choose_offered, offer
 from prunus.importance import MagnitudeImportance
 from prunus.labels import Ids
 from prunus.plan import Alive, Footprint, Plan
 from prunus.pruner import Criterion, HeadShares, score_offer
+from prunus.pruner.beginning import graph_of, something
 from prunus.repair import RepairReport, fold_constants, frozen, may_have_constants, repair
-from prunus.report import frozen_text, layer_table, render
-from prunus.selection import Policy
+from prunus.report import frozen_text, layer_table, render, share_left
+from prunus.selection import Policy, Scores
 from prunus.sizes import Fact
 from prunus.speed import Timing, spend_time
 from prunus.spending import Measure, Wish, spend
@@ -63,11 +64,9 @@ class PruneResult:
     def __str__(self) -> str:
         before, after = self.before, self.after
         table = layer_table(self.graph.coupling, *self._alive, before, after)
-        macs, params = after.macs / max(before.macs, 1), after.params / max(before.params, 1)
-        left = f"{macs:.1%} of the MACs and {params:.1%} of the parameters are left."
         spent = () if self.budget is None else (str(self.budget),)
         repaired = () if self.repair is None else (str(self.repair),)
-        return "\n".join((render(table), left, *spent, *self.plan.notes, *repaired))
+        return "\n".join((render(table), share_left(before, after), *spent, *self.plan.notes, *repaired))
 
 
 def prune(  # noqa: PLR0913 - each keyword is a choice of the user
@@ -153,36 +152,27 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         raise InputError(f"max_pruning_ratio={max_pruning_ratio!r}: must be above 0 and at most 1")
     wish = Wish(allocation or ("global" if global_pruning else "uniform"), search, metric)
     heads = HeadShares(head_pruning_ratio, head_pruning_ratio_dict)
-    graph = DependencyGraph().build_dependency(
+    graph = graph_of(
         model,
         example_inputs,
-        forward_fn,
-        output_transform,
-        unwrapped_parameters,
-        customized_pruners,
         ignored_layers,
+        forward_fn=forward_fn,
+        output_transform=output_transform,
+        unwrapped_parameters=unwrapped_parameters,
+        customized_pruners=customized_pruners,
+        facts=facts,
         device=device,
     )
-    graph.facts = tuple(facts)
-    found = offer(graph.coupling, prune_num_heads, prune_head_dims)
-    if not found:
-        raise NothingToPruneError(f"nothing in this model may be removed:\n{frozen_text(graph.coupling)}")
-    found, *scores = score_offer(graph, found, importance or MagnitudeImportance())
-    if not found:
+    found = something(graph, offer(graph.coupling, prune_num_heads, prune_head_dims))
+    scored = score_offer(graph, found, importance or MagnitudeImportance())
+    if not scored[0]:
         raise NothingToPruneError("the importance returned None for every group: it leaves all of them alone")
-    ratio_of_rows = {id(f): heads.of(graph, f, found.by_rows) for f in found.rows}
-    budget = None
+    of_rows = {id(f): heads.of(graph, f, found.by_rows) for f in found.rows}
     if target.ratio is not None:
-        share = target.ratio
-        policy = Policy(lambda family: share, max_pruning_ratio, round_to, global_pruning)
-        by_rows = replace(policy, ratio_of=lambda f: share if (own := ratio_of_rows[id(f)]) is None else own)
-        gone = choose_rows(found, scores[0], graph.alive, by_rows)
-        units = np.concatenate((gone, choose_positions(found, scores[1], graph.alive, policy, gone)))
+        policy = Policy(_share_of(of_rows, target.ratio), max_pruning_ratio, round_to, global_pruning)
+        units, budget = choose_offered(scored[0], scored[1:], graph.alive, policy), None
     else:
-
-        def choices(step: int | None) -> Offered:
-            return offered(found, scores, graph.alive, max_pruning_ratio, step, lambda f: ratio_of_rows[id(f)])
-
+        choices = _choices(graph, scored, Policy(_share_of(of_rows), max_pruning_ratio))
         spent = _spend(graph, target, wish, choices, round_to, (example_inputs, forward_fn, latency_table))
         units, budget = spent.units, spent.budget
     if units.size == 0:
@@ -198,6 +188,24 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         receipt.undo()
         raise
     return PruneResult(receipt.plan, receipt, graph, (before, graph.alive), budget, repaired)
+
+
+def _share_of(of_rows: Mapping[int, float | None], share: float | None = None) -> Callable[[Family], float | None]:
+    """The share that goes from a family: that of whole rows where it has one, else ``share``."""
+
+    def of(family: Family) -> float | None:
+        own = of_rows.get(id(family))
+        return share if own is None else own
+
+    return of
+
+
+def _choices(
+    graph: DependencyGraph, scored: tuple[Offer, Scores, Scores], policy: Policy
+) -> Callable[[int | None], Offered]:
+    """What may be removed under a budget, when the widths that stay are multiples of a number."""
+    found, *scores = scored
+    return lambda step: offered(found, scores, graph.alive, replace(policy, round_to=step))
 
 
 def _remembered(model: nn.Module, plan: Plan, data: Iterable[Any] | None, device: Any) -> nn.Module | None:
