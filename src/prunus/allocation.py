@@ -7,7 +7,7 @@ goes. All take the least important of a family first; they differ in what they t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -209,6 +209,39 @@ def _rising(one: Ladder, keys: Keys) -> Keys:
     """Keys that never fall along a ladder; the last steps of a family come after those of all others."""
     rising = np.maximum.accumulate(np.clip(keys, -HUGE, HUGE))
     return np.where(one.shares > LAST, np.inf, rising)
+
+
+def within(scope_of: Callable[[Family], Hashable]) -> Allocation:
+    """Families of one scope compete by the mean score of a step; every scope loses the same share of its bundles.
+
+    With a scope for each family this is "uniform", with one for all it is "global".
+
+    Source: Fang et al. 2024, "Isomorphic Pruning for Vision Models" (arXiv 2407.04616), for budgets.
+    """
+
+    def keys(ladders: Sequence[Ladder], costs: Mapping[int, float]) -> list[Keys]:
+        scopes: dict[Hashable, list[int]] = {}
+        for k, one in enumerate(ladders):
+            scopes.setdefault(scope_of(one.family), []).append(k)
+        found = [one.shares for one in ladders]
+        for places in scopes.values():
+            if len(places) > 1:
+                own = [ladders[k] for k in places]
+                for k, share in zip(places, _shared(own), strict=True):
+                    found[k] = share
+        return found
+
+    return keys
+
+
+def _shared(ladders: Sequence[Ladder]) -> list[Keys]:
+    """The share of all bundles of some ladders that is gone after each step, the lowest mean score first."""
+    keys = np.concatenate(_by_score(ladders, {}))
+    order = np.argsort(keys, kind="stable")
+    gone = np.empty_like(keys)
+    gone[order] = np.cumsum(np.concatenate([one.sizes for one in ladders])[order])
+    shares = np.where(np.isinf(keys), np.inf, gone / max(sum(one.family.count for one in ladders), 1))
+    return np.split(shares, np.cumsum([len(one.stops) for one in ladders])[:-1])
 
 
 ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType(

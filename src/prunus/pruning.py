@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from prunus.allocation import Allocation, Offered, offered
+from prunus.allocation import Allocation, Offered, offered, within
 from prunus.budget import Budget, Found, Target
 from prunus.cost import LatencyModel, LatencyTable, MemoryModel
-from prunus.coupling import Family
 from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
 from prunus.heads import Offer, choose_offered, offer
@@ -22,6 +21,7 @@ from prunus.labels import Ids
 from prunus.plan import Alive, Footprint, Plan
 from prunus.pruner import Criterion, HeadShares, score_offer
 from prunus.pruner.beginning import graph_of, something
+from prunus.pruner.wishes import Wishes
 from prunus.repair import RepairReport, fold_constants, frozen, may_have_constants, repair
 from prunus.report import frozen_text, layer_table, render, share_left
 from prunus.selection import Policy, Scores
@@ -78,7 +78,11 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     importance: Criterion | None = None,
     round_to: int | None = None,
     max_pruning_ratio: float = 1.0,
+    max_pruning_ratio_dict: Mapping[Any, float] | None = None,
+    min_width: int | Mapping[Any, int] = 1,
+    pruning_ratio_dict: Mapping[Any, float] | None = None,
     global_pruning: bool = False,
+    isomorphic: bool = False,
     allocation: str | Allocation | None = None,
     search: int = 0,
     metric: Callable[[Any], float] | None = None,
@@ -107,7 +111,14 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         importance: a criterion, default :class:`~prunus.importance.MagnitudeImportance`.
         round_to: widths that stay are multiples of it, where a group allows it.
         max_pruning_ratio: the largest share of any group.
+        max_pruning_ratio_dict: other caps for some layers. This and the next two dictionaries have as keys modules
+            (with all that is inside them), names or name patterns, types of modules, or tuples of those.
+        min_width: how many output channels a layer keeps at least, or a dictionary from layers to that.
+        pruning_ratio_dict: the share that goes from some layers, whatever the target asks of all others. With
+            ``global_pruning``, what one key means is a scope of its own, whose groups compete with each other only.
         global_pruning: rank all groups together instead of taking the same share of each.
+        isomorphic: only groups of the same form (the same kinds of layers, sizes aside) are ranked together; every form
+            loses the same share.
         allocation: how a budget is spread over the groups: "uniform" (the same share of each, the default), "global"
             (one threshold over all scores, the default with ``global_pruning``), "greedy" (the lowest score for each
             bit of cost saved first, for scores that compare across layers), or a
@@ -148,10 +159,19 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     target = Target(macs=0.5) if target is None else target
     if not isinstance(target, Target):
         raise InputError(f"target={target!r}: pass a prunus.Target, such as Target(macs=0.5)")
-    if not 0 < max_pruning_ratio <= 1:
-        raise InputError(f"max_pruning_ratio={max_pruning_ratio!r}: must be above 0 and at most 1")
-    wish = Wish(allocation or ("global" if global_pruning else "uniform"), search, metric)
-    heads = HeadShares(head_pruning_ratio, head_pruning_ratio_dict)
+    wish = Wish(_allocation(allocation, global_pruning, isomorphic), search, metric)
+    wishes = Wishes(
+        getattr(model, "_orig_mod", model),  # what torch.compile wraps
+        ratio=target.ratio,
+        ratios=pruning_ratio_dict or {},
+        cap=max_pruning_ratio,
+        caps=max_pruning_ratio_dict or {},
+        min_width=min_width,
+        heads=HeadShares(head_pruning_ratio, head_pruning_ratio_dict),
+        global_pruning=global_pruning,
+        isomorphic=isomorphic,
+        round_to=round_to,
+    )
     graph = graph_of(
         model,
         example_inputs,
@@ -167,13 +187,15 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     scored = score_offer(graph, found, importance or MagnitudeImportance())
     if not scored[0]:
         raise NothingToPruneError("the importance returned None for every group: it leaves all of them alone")
-    of_rows = {id(f): heads.of(graph, f, found.by_rows) for f in found.rows}
+    rules = wishes.rules(graph, scored[0])
+    policy = wishes.policy(rules, 1)
     if target.ratio is not None:
-        policy = Policy(_share_of(of_rows, target.ratio), max_pruning_ratio, round_to, global_pruning)
         units, budget = choose_offered(scored[0], scored[1:], graph.alive, policy), None
     else:
-        choices = _choices(graph, scored, Policy(_share_of(of_rows), max_pruning_ratio))
-        spent = _spend(graph, target, wish, choices, round_to, (example_inputs, forward_fn, latency_table))
+        if isomorphic:
+            wish = replace(wish, allocation=within(lambda family: rules[id(family)].scope))
+        run = example_inputs, forward_fn, latency_table
+        spent = _spend(graph, target, wish, _choices(graph, scored, policy), round_to, run)
         units, budget = spent.units, spent.budget
     if units.size == 0:
         raise NothingToPruneError(f"{target} removes nothing: the groups are too small for it; ask for more")
@@ -190,14 +212,13 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     return PruneResult(receipt.plan, receipt, graph, (before, graph.alive), budget, repaired)
 
 
-def _share_of(of_rows: Mapping[int, float | None], share: float | None = None) -> Callable[[Family], float | None]:
-    """The share that goes from a family: that of whole rows where it has one, else ``share``."""
-
-    def of(family: Family) -> float | None:
-        own = of_rows.get(id(family))
-        return share if own is None else own
-
-    return of
+def _allocation(asked: str | Allocation | None, global_pruning: bool, isomorphic: bool) -> str | Allocation:
+    """How a budget is spread where the caller did not say it."""
+    if asked is None:
+        return "global" if global_pruning else "uniform"
+    if isomorphic:
+        raise InputError(f"allocation={asked!r}: isomorphic=True is an allocation of its own; leave one of them out")
+    return asked
 
 
 def _choices(

@@ -273,7 +273,7 @@ class BasePruner:
 
     def get_target_pruning_ratio(self, module: Any, step: int = -1) -> float:
         """The share of a layer's outputs that is to be gone after ``step`` steps (-1: after those made so far)."""
-        now = self._wishes.now(self._wishes.ratio_of([module]), self.current_step if step < 0 else step)
+        now = self._wishes.now(self._wishes.ratio_of([module]) or 0.0, self.current_step if step < 0 else step)
         return min(now, self._wishes.cap_of([module]))
 
     def get_target_head_pruning_ratio(self, module: Any) -> float:
