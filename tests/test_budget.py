@@ -297,3 +297,23 @@ def test_ladders_step_along_allowed_widths() -> None:
     kept = [(one.family.count, (one.family.count - one.stops).tolist()) for one in seen]
     assert (48, [40, 32, 24, 16]) in kept
     assert (24, [16, 8]) in kept
+
+
+def test_a_cap_keeps_at_least_its_share_under_every_target() -> None:
+    """Half of seven is three and a half: four stay."""
+    model = nn.Sequential(nn.Linear(4, 7), nn.ReLU(), nn.Linear(7, 2))
+    result = prunus.prune(model, torch.randn(1, 4), Target(ratio=0.9), max_pruning_ratio=0.5)
+    assert model[0].out_features == 4
+    result.undo()
+    with pytest.raises(TargetError, match="macs 57"):
+        prunus.prune(model, torch.randn(1, 4), Target(macs=0.5), max_pruning_ratio=0.5)
+    assert model[0].out_features == 7
+
+
+def test_a_cap_keeps_at_least_its_share_of_heads_under_a_budget() -> None:
+    from torchvision.models import VisionTransformer
+
+    model = VisionTransformer(16, 8, 1, 3, 48, 96, num_classes=10).eval()
+    options: dict[str, Any] = {"prune_num_heads": True, "prune_head_dims": False, "head_pruning_ratio": 0.9}
+    prunus.prune(model, torch.randn(1, 3, 16, 16), Target(macs=0.8), max_pruning_ratio=0.5, **options)
+    assert model.encoder.layers[0].self_attention.num_heads == 2

@@ -7,7 +7,7 @@ goes. All take the least important of a family first; they differ in what they t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
@@ -21,13 +21,14 @@ from prunus.errors import InputError
 from prunus.heads import Offer, with_widths
 from prunus.labels import Ids
 from prunus.plan import Alive
-from prunus.selection import Ranking, Scores, rank
+from prunus.selection import Policy, Ranking, Scores, choose_each, rank
 
 Lost = NDArray[np.int64]  # how many bundles each ladder has lost
 Keys = NDArray[np.float64]
 
 HUGE = 1e200  # stands for an infinite score
 LAST = 0.95  # steps that take more than this share of a family come after all others, unless shares are equal
+UNBOUND = Policy(lambda family: None)  # everything may go but what the model needs
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,17 @@ class Ladder:
         return np.diff(self.stops, prepend=0)
 
 
-def ladder(number: int, ranking: Ranking, scores: Scores, cap: float, round_to: int | None) -> Ladder:
+def ladder(number: int, ranking: Ranking, scores: Scores, policy: Policy) -> Ladder:
     """The steps of a family.
 
     Args:
         number: its place among all ladders.
         ranking: its living bundles.
         scores: of every unit.
-        cap: the largest share that may go.
-        round_to: widths that stay are multiples of it, where the family allows it.
+        policy: how far they go, and in which steps.
     """
-    family, count = ranking.family, len(ranking.bundles)
-    least = max(family.least, int(family.count * (1 - cap) + 1e-9))
-    step = ranking.step(round_to)
+    family, count = ranking.family, len(ranking)
+    least, step = policy.floor(ranking), ranking.step(policy.round_to)
     kept = np.arange(max(count - 1, 0) // step * step, 0, -step, dtype=np.int64)
     stops = count - kept[kept >= least]
     if not stops.size:
@@ -142,9 +141,7 @@ def offered(
     found: Offer,
     scores: Sequence[Scores],
     alive: Alive,
-    cap: float = 1.0,
-    round_to: int | None = None,
-    share_of_rows: Callable[[Family], float | None] = lambda family: None,
+    policy: Policy = UNBOUND,
 ) -> Offered:
     """The ladders of an offer.
 
@@ -152,22 +149,21 @@ def offered(
         found: what may be removed.
         scores: of the units of whole rows, and of all others.
         alive: the atoms that are left.
-        cap: the largest share of any family that may go.
-        round_to: widths that stay are multiples of it, where a family allows it (whole rows are not rounded).
-        share_of_rows: the share of a family of whole rows that goes in any case (None: as many as the course says).
+        policy: caps, minimum widths, rounding (whole rows are not rounded). Families that it gives a share lose that
+            share in any case, and have no steps.
     """
     living = found.coupling.alive_units(alive)
     rows = [rank(f, scores[0], living) for f in found.rows]
-    others = [with_widths(found.coupling, rank(f, scores[1], living), round_to) for f in found.families]
-    ladders = [ladder(k, r, scores[0], cap, None) for k, r in enumerate(rows)]
-    ladders += [ladder(len(rows) + k, r, scores[1], cap, round_to) for k, r in enumerate(others)]
+    others = [with_widths(found.coupling, rank(f, scores[1], living), policy.round_to) for f in found.families]
+    of_rows = replace(policy, round_to=None)
+    ladders = [ladder(k, r, scores[0], of_rows) for k, r in enumerate(rows)]
+    ladders += [ladder(len(rows) + k, r, scores[1], policy) for k, r in enumerate(others)]
+    settled = [len(gone) for gone in (*choose_each(rows, of_rows), *choose_each(others, policy))]
     fixed = np.zeros(len(ladders), dtype=np.int64)
-    for k, one in enumerate(rows):
-        share = share_of_rows(one.family)
-        if share is not None:
-            kept = max(one.family.least, int(one.family.count * (1 - min(share, cap)) + 1e-9))
-            fixed[k] = max(len(one.bundles) - kept, 0)
-            ladders[k] = replace(ladders[k], stops=ladders[k].stops[:0], losses=ladders[k].losses[:0])
+    for k, one in enumerate(ladders):
+        if policy.ratio_of(one.family) is not None:
+            fixed[k] = settled[k] // max(one.ranking.table.shape[1], 1)
+            ladders[k] = replace(one, stops=one.stops[:0], losses=one.losses[:0])
     flat = [r.table.reshape(-1) for r in (*rows, *others)]
     width = [r.table.shape[1] for r in (*rows, *others)]
 
@@ -183,7 +179,7 @@ def offered(
         parts = [gone]
         for one, n in zip(others, after, strict=True):
             now = rank(one.family, scores[1], still)
-            parts += now.bundles[: max(0, len(now.bundles) - (len(one.bundles) - n))]
+            parts.append(now.table[: max(0, len(now) - max(len(one) - n, policy.floor(now)))].reshape(-1))
         return np.concatenate(parts)
 
     return Offered(tuple(ladders), fixed, choose)
@@ -213,6 +209,39 @@ def _rising(one: Ladder, keys: Keys) -> Keys:
     """Keys that never fall along a ladder; the last steps of a family come after those of all others."""
     rising = np.maximum.accumulate(np.clip(keys, -HUGE, HUGE))
     return np.where(one.shares > LAST, np.inf, rising)
+
+
+def within(scope_of: Callable[[Family], Hashable]) -> Allocation:
+    """Families of one scope compete by the mean score of a step; every scope loses the same share of its bundles.
+
+    With a scope for each family this is "uniform", with one for all it is "global".
+
+    Source: Fang et al. 2024, "Isomorphic Pruning for Vision Models" (arXiv 2407.04616), for budgets.
+    """
+
+    def keys(ladders: Sequence[Ladder], costs: Mapping[int, float]) -> list[Keys]:
+        scopes: dict[Hashable, list[int]] = {}
+        for k, one in enumerate(ladders):
+            scopes.setdefault(scope_of(one.family), []).append(k)
+        found = [one.shares for one in ladders]
+        for places in scopes.values():
+            if len(places) > 1:
+                own = [ladders[k] for k in places]
+                for k, share in zip(places, _shared(own), strict=True):
+                    found[k] = share
+        return found
+
+    return keys
+
+
+def _shared(ladders: Sequence[Ladder]) -> list[Keys]:
+    """The share of all bundles of some ladders that is gone after each step, the lowest mean score first."""
+    keys = np.concatenate(_by_score(ladders, {}))
+    order = np.argsort(keys, kind="stable")
+    gone = np.empty_like(keys)
+    gone[order] = np.cumsum(np.concatenate([one.sizes for one in ladders])[order])
+    shares = np.where(np.isinf(keys), np.inf, gone / max(sum(one.family.count for one in ladders), 1))
+    return np.split(shares, np.cumsum([len(one.stops) for one in ladders])[:-1])
 
 
 ALLOCATIONS: Mapping[str, Allocation] = MappingProxyType(

@@ -70,6 +70,19 @@ def _inside(coupling: Coupling) -> NDArray[np.bool_]:
         outer |= inside
 
 
+def choose_offered(found: Offer, scores: Sequence[Scores], alive: Alive, policy: Policy) -> Ids:
+    """The units to remove now: whole rows, and then positions of what is left.
+
+    Args:
+        found: what may be removed.
+        scores: of the units of whole rows, and of all others.
+        alive: the atoms that are left.
+        policy: how far to go.
+    """
+    gone = choose_rows(found, scores[0], alive, policy)
+    return np.concatenate((gone, choose_positions(found, scores[1], alive, policy, gone)))
+
+
 def choose_rows(found: Offer, scores: Scores, alive: Alive, policy: Policy) -> Ids:
     """The units of the whole rows to remove now (a width need not be a multiple in heads)."""
     return np.concatenate([_NONE, *rows_to_go(found, scores, alive, policy)])

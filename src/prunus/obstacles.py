@@ -59,7 +59,7 @@ def _held_back(choices: Offered) -> str:
     kept = sum(len(one.ranking.bundles) - (int(one.stops[-1]) if one.stops.size else 0) for one in capped)
     there = sum(len(one.ranking.bundles) for one in capped)
     return (
-        f"max_pruning_ratio, round_to or a fixed share of heads keeps {kept / there:.0%} of {len(capped)} "
+        f"max_pruning_ratio, min_width, round_to or a share of its own keeps {kept / there:.0%} of {len(capped)} "
         f"group{'s' if len(capped) > 1 else ''} that could lose more"
     )
 

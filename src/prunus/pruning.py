@@ -7,23 +7,24 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
-from prunus.allocation import Allocation, Offered, offered
+from prunus.allocation import Allocation, Offered, offered, within
 from prunus.budget import Budget, Found, Target
 from prunus.cost import LatencyModel, LatencyTable, MemoryModel
 from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
-from prunus.heads import choose_positions, choose_rows, offer
+from prunus.heads import Offer, choose_offered, offer
 from prunus.importance import MagnitudeImportance
 from prunus.labels import Ids
 from prunus.plan import Alive, Footprint, Plan
 from prunus.pruner import Criterion, HeadShares, score_offer
+from prunus.pruner.beginning import graph_of, something
+from prunus.pruner.wishes import Wishes
 from prunus.repair import RepairReport, fold_constants, frozen, may_have_constants, repair
-from prunus.report import frozen_text, layer_table, render
-from prunus.selection import Policy
+from prunus.report import frozen_text, layer_table, render, share_left
+from prunus.selection import Policy, Scores
 from prunus.sizes import Fact
 from prunus.speed import Timing, spend_time
 from prunus.spending import Measure, Wish, spend
@@ -63,11 +64,9 @@ class PruneResult:
     def __str__(self) -> str:
         before, after = self.before, self.after
         table = layer_table(self.graph.coupling, *self._alive, before, after)
-        macs, params = after.macs / max(before.macs, 1), after.params / max(before.params, 1)
-        left = f"{macs:.1%} of the MACs and {params:.1%} of the parameters are left."
         spent = () if self.budget is None else (str(self.budget),)
         repaired = () if self.repair is None else (str(self.repair),)
-        return "\n".join((render(table), left, *spent, *self.plan.notes, *repaired))
+        return "\n".join((render(table), share_left(before, after), *spent, *self.plan.notes, *repaired))
 
 
 def prune(  # noqa: PLR0913 - each keyword is a choice of the user
@@ -79,7 +78,11 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     importance: Criterion | None = None,
     round_to: int | None = None,
     max_pruning_ratio: float = 1.0,
+    max_pruning_ratio_dict: Mapping[Any, float] | None = None,
+    min_width: int | Mapping[Any, int] = 1,
+    pruning_ratio_dict: Mapping[Any, float] | None = None,
     global_pruning: bool = False,
+    isomorphic: bool = False,
     allocation: str | Allocation | None = None,
     search: int = 0,
     metric: Callable[[Any], float] | None = None,
@@ -108,7 +111,14 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         importance: a criterion, default :class:`~prunus.importance.MagnitudeImportance`.
         round_to: widths that stay are multiples of it, where a group allows it.
         max_pruning_ratio: the largest share of any group.
+        max_pruning_ratio_dict: other caps for some layers. This and the next two dictionaries have as keys modules
+            (with all that is inside them), names or name patterns, types of modules, or tuples of those.
+        min_width: how many output channels a layer keeps at least, or a dictionary from layers to that.
+        pruning_ratio_dict: the share that goes from some layers, whatever the target asks of all others. With
+            ``global_pruning``, what one key means is a scope of its own, whose groups compete with each other only.
         global_pruning: rank all groups together instead of taking the same share of each.
+        isomorphic: only groups of the same form (the same kinds of layers, sizes aside) are ranked together; every form
+            loses the same share.
         allocation: how a budget is spread over the groups: "uniform" (the same share of each, the default), "global"
             (one threshold over all scores, the default with ``global_pruning``), "greedy" (the lowest score for each
             bit of cost saved first, for scores that compare across layers), or a
@@ -149,41 +159,43 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     target = Target(macs=0.5) if target is None else target
     if not isinstance(target, Target):
         raise InputError(f"target={target!r}: pass a prunus.Target, such as Target(macs=0.5)")
-    if not 0 < max_pruning_ratio <= 1:
-        raise InputError(f"max_pruning_ratio={max_pruning_ratio!r}: must be above 0 and at most 1")
-    wish = Wish(allocation or ("global" if global_pruning else "uniform"), search, metric)
-    heads = HeadShares(head_pruning_ratio, head_pruning_ratio_dict)
-    graph = DependencyGraph().build_dependency(
+    wish = Wish(_allocation(allocation, global_pruning, isomorphic), search, metric)
+    wishes = Wishes(
+        getattr(model, "_orig_mod", model),  # what torch.compile wraps
+        ratio=target.ratio,
+        ratios=pruning_ratio_dict or {},
+        cap=max_pruning_ratio,
+        caps=max_pruning_ratio_dict or {},
+        min_width=min_width,
+        heads=HeadShares(head_pruning_ratio, head_pruning_ratio_dict),
+        global_pruning=global_pruning,
+        isomorphic=isomorphic,
+        round_to=round_to,
+    )
+    graph = graph_of(
         model,
         example_inputs,
-        forward_fn,
-        output_transform,
-        unwrapped_parameters,
-        customized_pruners,
         ignored_layers,
+        forward_fn=forward_fn,
+        output_transform=output_transform,
+        unwrapped_parameters=unwrapped_parameters,
+        customized_pruners=customized_pruners,
+        facts=facts,
         device=device,
     )
-    graph.facts = tuple(facts)
-    found = offer(graph.coupling, prune_num_heads, prune_head_dims)
-    if not found:
-        raise NothingToPruneError(f"nothing in this model may be removed:\n{frozen_text(graph.coupling)}")
-    found, *scores = score_offer(graph, found, importance or MagnitudeImportance())
-    if not found:
+    found = something(graph, offer(graph.coupling, prune_num_heads, prune_head_dims))
+    scored = score_offer(graph, found, importance or MagnitudeImportance())
+    if not scored[0]:
         raise NothingToPruneError("the importance returned None for every group: it leaves all of them alone")
-    ratio_of_rows = {id(f): heads.of(graph, f, found.by_rows) for f in found.rows}
-    budget = None
+    rules = wishes.rules(graph, scored[0])
+    policy = wishes.policy(rules, 1)
     if target.ratio is not None:
-        share = target.ratio
-        policy = Policy(lambda family: share, max_pruning_ratio, round_to, global_pruning)
-        by_rows = replace(policy, ratio_of=lambda f: share if (own := ratio_of_rows[id(f)]) is None else own)
-        gone = choose_rows(found, scores[0], graph.alive, by_rows)
-        units = np.concatenate((gone, choose_positions(found, scores[1], graph.alive, policy, gone)))
+        units, budget = choose_offered(scored[0], scored[1:], graph.alive, policy), None
     else:
-
-        def choices(step: int | None) -> Offered:
-            return offered(found, scores, graph.alive, max_pruning_ratio, step, lambda f: ratio_of_rows[id(f)])
-
-        spent = _spend(graph, target, wish, choices, round_to, (example_inputs, forward_fn, latency_table))
+        if isomorphic:
+            wish = replace(wish, allocation=within(lambda family: rules[id(family)].scope))
+        run = example_inputs, forward_fn, latency_table
+        spent = _spend(graph, target, wish, _choices(graph, scored, policy), round_to, run)
         units, budget = spent.units, spent.budget
     if units.size == 0:
         raise NothingToPruneError(f"{target} removes nothing: the groups are too small for it; ask for more")
@@ -198,6 +210,23 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         receipt.undo()
         raise
     return PruneResult(receipt.plan, receipt, graph, (before, graph.alive), budget, repaired)
+
+
+def _allocation(asked: str | Allocation | None, global_pruning: bool, isomorphic: bool) -> str | Allocation:
+    """How a budget is spread where the caller did not say it."""
+    if asked is None:
+        return "global" if global_pruning else "uniform"
+    if isomorphic:
+        raise InputError(f"allocation={asked!r}: isomorphic=True is an allocation of its own; leave one of them out")
+    return asked
+
+
+def _choices(
+    graph: DependencyGraph, scored: tuple[Offer, Scores, Scores], policy: Policy
+) -> Callable[[int | None], Offered]:
+    """What may be removed under a budget, when the widths that stay are multiples of a number."""
+    found, *scores = scored
+    return lambda step: offered(found, scores, graph.alive, replace(policy, round_to=step))
 
 
 def _remembered(model: nn.Module, plan: Plan, data: Iterable[Any] | None, device: Any) -> nn.Module | None:

@@ -49,6 +49,12 @@ def layer_table(coupling: Coupling, before: Alive, after: Alive, dense: Footprin
     return table
 
 
+def share_left(dense: Footprint, now: Footprint) -> str:
+    """What is left of a model's cost, as a sentence."""
+    macs, params = now.macs / max(dense.macs, 1), now.params / max(dense.params, 1)
+    return f"{macs:.1%} of the MACs and {params:.1%} of the parameters are left."
+
+
 def _shape(shape: list[int]) -> str:
     return "x".join(map(str, shape))
 

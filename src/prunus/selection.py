@@ -119,7 +119,7 @@ class Policy:
     cap_of: Callable[[Family], float | None] | None = None
     least_of: Callable[[Family], int] | None = None
 
-    def floor(self, ranking: Ranking, share: float) -> int:
+    def floor(self, ranking: Ranking, share: float = 1.0) -> int:
         """How many bundles stay when ``share`` of them goes; one, or as many as the model needs, always stays."""
         family = ranking.family
         own = self.cap_of(family) if self.cap_of is not None else None
@@ -166,7 +166,7 @@ def _kept(rankings: Sequence[Ranking], policy: Policy) -> list[int]:
     keep = np.array([len(r) for r in rankings])
     total = sum(r.family.count * (1 - share) for r, share in zip(rankings, shares, strict=True))
     excess = max(0, int(keep.sum()) - int(total + 1e-9))
-    spare = [max(0, len(r) - policy.floor(r, 1.0)) for r in rankings]
+    spare = [max(0, len(r) - policy.floor(r)) for r in rankings]
     scores = np.concatenate([r.scores[:n] for r, n in zip(rankings, spare, strict=True)])
     owner = np.repeat(np.arange(len(rankings)), spare)
     first = owner[np.argsort(scores, kind="stable")[:excess]]
@@ -181,6 +181,6 @@ def _rounded(ranking: Ranking, kept: int, policy: Policy) -> int:
     step, now = ranking.step(policy.round_to), len(ranking)
     if kept >= now or step == 1:
         return min(kept, now)
-    least = -(-policy.floor(ranking, 1.0) // step) * step
+    least = -(-policy.floor(ranking) // step) * step
     nearest = (2 * kept + step) // (2 * step) * step
     return min(max(nearest, step, least), now)

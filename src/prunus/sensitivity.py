@@ -14,14 +14,14 @@ from torch import nn
 
 from prunus.allocation import Ladder, offered
 from prunus.coupling import Coupling
-from prunus.errors import InputError, NothingToPruneError
+from prunus.errors import InputError
 from prunus.graph import DependencyGraph
 from prunus.heads import offer
 from prunus.importance import Importance, MagnitudeImportance
 from prunus.importance.criteria import ScoredGroup
 from prunus.plan import footprint
 from prunus.pruner import Criterion, score_offer
-from prunus.report import frozen_text
+from prunus.pruner.beginning import graph_of, something
 from prunus.tracing import ForwardFn, Inputs
 from prunus.untouched import untouched
 
@@ -204,12 +204,8 @@ def sensitivity(  # noqa: PLR0913 - each keyword is a choice of the user
         [('0', 16, 0.5, True)]
     """
     asked = _checked(shares, metric)
-    graph = DependencyGraph().build_dependency(
-        model, example_inputs, forward_fn, ignored_layers=tuple(ignored_layers or ())
-    )
-    found = offer(graph.coupling, prune_num_heads)
-    if not found:
-        raise NothingToPruneError(f"nothing in this model may be removed:\n{frozen_text(graph.coupling)}")
+    graph = graph_of(model, example_inputs, ignored_layers, forward_fn=forward_fn)
+    found = something(graph, offer(graph.coupling, prune_num_heads))
     base = importance or MagnitudeImportance()
     found, *scores = score_offer(graph, found, base)
     choices = offered(found, scores, graph.alive)

@@ -18,7 +18,7 @@ from prunus.errors import InputError, NothingToPruneError, SurgeryError, TargetE
 from prunus.graph import DependencyGraph
 from prunus.opaque import matching
 from prunus.plan import Footprint, Plan
-from prunus.report import render
+from prunus.report import render, share_left
 from prunus.surgery import Receipt, apply
 from prunus.tracing import ForwardFn, Inputs
 
@@ -76,9 +76,7 @@ class DropResult:
                 score = f"{self.scores[block.name]:.4f}" if block.name in self.scores else ""
                 out = "dropped" if block.name in gone else ""
                 table.add_row(block.name, f"{block.macs:,}", f"{block.params:,}", score, out)
-        macs, params = self.after.macs / max(self.before.macs, 1), self.after.params / max(self.before.params, 1)
-        left = f"{macs:.1%} of the MACs and {params:.1%} of the parameters are left."
-        return "\n".join((render(table), left, *self.plan.notes))
+        return "\n".join((render(table), share_left(self.before, self.after), *self.plan.notes))
 
 
 def drop_blocks(  # noqa: PLR0913 - each keyword is a choice of the user

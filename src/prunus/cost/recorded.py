@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from prunus.cost.counting import call as run_model
+from prunus.modes import tensors_among
 from prunus.rules import lookup
 from prunus.untouched import untouched, without_mha_fastpath
 
@@ -202,14 +203,6 @@ def _spec(number: int, tensor: Tensor, weight: bool) -> Spec:
 
 def _views(result: Any, arguments: Any) -> bool:
     """Whether everything that a call returned lies in memory that it was given."""
-    given = {t.untyped_storage().data_ptr() for t in _tensors(arguments) if t.layout is torch.strided}
-    made = list(_tensors(result))
+    given = {t.untyped_storage().data_ptr() for t in tensors_among(arguments) if t.layout is torch.strided}
+    made = list(tensors_among((result,)))
     return all(t.layout is torch.strided and t.untyped_storage().data_ptr() in given for t in made)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for one in value:
-            yield from _tensors(one)

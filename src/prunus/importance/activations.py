@@ -16,7 +16,7 @@ from prunus.importance.criteria import (
     Normalizer,
     ScoredGroup,
     along,
-    check_not_empty,
+    by_parts,
     normalize,
     to_units,
 )
@@ -56,18 +56,14 @@ class ReadersImportance(Importance):
     @torch.no_grad()
     def __call__(self, group: ScoredGroup) -> torch.Tensor | None:
         """One score for each unit, or None if the group has no weights."""
-        check_not_empty(group)
-        scores = torch.zeros(group.size, dtype=torch.float32)
-        counted = False
-        for places, members in group.parts:
-            weights = [m for m in members if isinstance(m.tensor, nn.Parameter) and m.tensor.dim() > 1]
-            seen = [(m, r) for m in weights if (r := self._reading(m)) is not None]
-            chosen: Sequence[tuple[Member, Reading | None]] = [(m, r) for m, r in seen if m.dim == r.dim]
-            chosen = chosen or seen or [(m, None) for m in weights if m.reads] or [(m, None) for m in weights]
-            if chosen:
-                counted = True
-                scores[places] = torch.stack([self._sum(m, r) for m, r in chosen]).sum(dim=0)
-        return normalize(scores, self.normalizer) if counted else None
+        return by_parts(group, self._part, self.normalizer)
+
+    def _part(self, members: Sequence[Member]) -> torch.Tensor | None:
+        weights = [m for m in members if isinstance(m.tensor, nn.Parameter) and m.tensor.dim() > 1]
+        seen = [(m, r) for m in weights if (r := self._reading(m)) is not None]
+        chosen: Sequence[tuple[Member, Reading | None]] = [(m, r) for m, r in seen if m.dim == r.dim]
+        chosen = chosen or seen or [(m, None) for m in weights if m.reads] or [(m, None) for m in weights]
+        return torch.stack([self._sum(m, r) for m, r in chosen]).sum(dim=0) if chosen else None
 
     def _reading(self, member: Member) -> Reading | None:
         if self.calibration is None:

@@ -91,20 +91,37 @@ class LayerwiseImportance(Importance):
         Raises:
             InputError: the group is empty.
         """
+        if self.group_reduction is not None:
+            reduce = _REDUCTIONS[self.group_reduction]
+            return by_parts(
+                group, lambda ms: None if (found := self._layers(ms)) is None else reduce(found), self.normalizer
+            )
         check_not_empty(group)
-        parts = []
-        for places, members in group.parts:
-            chosen = [found for m in members if self.counts(m) and (found := self.slices(m)) is not None]
-            if chosen:
-                parts.append((places, torch.stack(chosen)))
-        if not parts:
-            return None
-        if self.group_reduction is None:
-            return normalize(_joined(parts, group.size), self.normalizer)
-        scores = torch.zeros(group.size, dtype=torch.float32)
-        for places, layers in parts:
-            scores[places] = _REDUCTIONS[self.group_reduction](layers)
-        return normalize(scores, self.normalizer)
+        parts = [(p, found) for p, ms in group.parts if (found := self._layers(ms)) is not None]
+        return normalize(_joined(parts, group.size), self.normalizer) if parts else None
+
+    def _layers(self, members: Sequence[Member]) -> torch.Tensor | None:
+        """The scores that each tensor gives its units, (tensors, units)."""
+        chosen = [found for m in members if self.counts(m) and (found := self.slices(m)) is not None]
+        return torch.stack(chosen) if chosen else None
+
+
+def by_parts(
+    group: ScoredGroup, score: Callable[[list[Member]], torch.Tensor | None], normalizer: Normalizer
+) -> torch.Tensor | None:
+    """The normalised scores of a group, part by part; zero where a part cannot say, None where none can.
+
+    Raises:
+        InputError: the group is empty.
+    """
+    check_not_empty(group)
+    scores = torch.zeros(group.size, dtype=torch.float32)
+    counted = False
+    for places, members in group.parts:
+        found = score(members)
+        if found is not None:
+            counted, scores[places] = True, found
+    return normalize(scores, normalizer) if counted else None
 
 
 def check_not_empty(group: ScoredGroup) -> None:

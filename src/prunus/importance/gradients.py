@@ -16,7 +16,7 @@ from prunus.importance.criteria import (
     Normalizer,
     ScoredGroup,
     along,
-    check_not_empty,
+    by_parts,
     normalize,
     to_units,
 )
@@ -221,16 +221,14 @@ class FisherImportance(Importance):
     @torch.no_grad()
     def __call__(self, group: ScoredGroup) -> torch.Tensor | None:
         """One score for each unit, or None if the group has no parameter."""
-        check_not_empty(group)
-        scores = torch.zeros(group.size, dtype=torch.float32)
-        counted = False
-        for places, members in group.parts:
-            found = mask_gradients(self.calibration, members)
-            if found is not None:
-                counted = True
-                total = found.square().sum(dim=0) / 2 if self.p == 2 else found.abs().pow(self.p).sum(dim=0)
-                scores[places] = total / self.calibration.samples
-        return normalize(scores, self.normalizer) if counted else None
+        return by_parts(group, self._part, self.normalizer)
+
+    def _part(self, members: Sequence[Member]) -> torch.Tensor | None:
+        found = mask_gradients(self.calibration, members)
+        if found is None:
+            return None
+        total = found.square().sum(dim=0) / 2 if self.p == 2 else found.abs().pow(self.p).sum(dim=0)
+        return total / self.calibration.samples
 
 
 def mask_gradients(calibration: Calibration, members: Sequence[Member]) -> torch.Tensor | None:

@@ -17,6 +17,7 @@ from prunus.importance.criteria import (
     Normalizer,
     ScoredGroup,
     along,
+    by_parts,
     check_not_empty,
     normalize,
     to_units,
@@ -164,14 +165,9 @@ class InvariantMagnitudeImportance(Importance):
     @torch.no_grad()
     def __call__(self, group: ScoredGroup) -> torch.Tensor | None:
         """One score for each unit, or None if no parameter of the group counts."""
-        check_not_empty(group)
-        scores = torch.zeros(group.size, dtype=torch.float32)
-        counted = False
-        for places, members in group.parts:
-            found = _shares([m for m in members if isinstance(m.tensor, nn.Parameter)])
-            if found is not None:
-                counted, scores[places] = True, found
-        return normalize(scores, self.normalizer) if counted else None
+        return by_parts(
+            group, lambda ms: _shares([m for m in ms if isinstance(m.tensor, nn.Parameter)]), self.normalizer
+        )
 
 
 def _shares(members: Sequence[Member]) -> torch.Tensor | None:

@@ -13,14 +13,13 @@ import torch
 from torch import nn
 
 from prunus.coupling import Coupling, Family
-from prunus.errors import InputError, NothingToPruneError
+from prunus.errors import InputError
 from prunus.functions import PruningFn
-from prunus.graph import ROOT_TYPES, DependencyGraph
+from prunus.graph import ROOT_TYPES
 from prunus.group import Group
 from prunus.heads import (
     Offer,
-    choose_positions,
-    choose_rows,
+    choose_offered,
     count_rows,
     offer,
     positions_to_go,
@@ -30,13 +29,13 @@ from prunus.importance import MagnitudeImportance
 from prunus.labels import Ids
 from prunus.plan import Plan
 from prunus.pruner import scopes
+from prunus.pruner.beginning import graph_of, something
 from prunus.pruner.schedules import Schedule, linear_scheduler
 from prunus.pruner.scopes import ByLayer, HeadShares, check_share, counts_of, makers
 from prunus.pruner.scoring import Criterion, score_offer
 from prunus.pruner.training import Penalties
 from prunus.pruner.wishes import Wishes
 from prunus.regularize import Regularizer
-from prunus.report import frozen_text
 from prunus.soft import SoftPruning
 from prunus.tracing import ForwardFn, Inputs
 
@@ -172,19 +171,18 @@ class BasePruner:
         named = counts_of(whole, self.num_heads, "num_heads")
         made = counts_of(whole, {**(channel_groups or {}), **(out_channel_groups or {})}, "out_channel_groups")
         read = counts_of(whole, in_channel_groups or {}, "in_channel_groups")
-        self.DG = DependencyGraph().build_dependency(
+        self.DG = graph_of(
             model,
             example_inputs,
-            forward_fn,
-            output_transform,
-            unwrapped_parameters,
-            customized_pruners,
             self.ignored_layers,
+            forward_fn=forward_fn,
+            output_transform=output_transform,
+            unwrapped_parameters=unwrapped_parameters,
+            customized_pruners=customized_pruners,
         )
         found = self._rooted(offer(self.DG.coupling, prune_num_heads, prune_head_dims), named)
-        self._offer = replace(found, families=tuple(scopes.in_groups(self.DG, found.families, made, read)))
-        if not self._offer:
-            raise NothingToPruneError(f"nothing in this model may be removed:\n{frozen_text(self.DG.coupling)}")
+        found = replace(found, families=tuple(scopes.in_groups(self.DG, found.families, made, read)))
+        self._offer = something(self.DG, found)
         self.init_num_heads = dict(self.num_heads)
         self._rules = self._wishes.rules(self.DG, self._offer)
         self._penalties = Penalties(self.DG, self._offer, regularizer)
@@ -241,10 +239,8 @@ class BasePruner:
 
     def _units(self, step: int) -> Ids:
         """The units that go in a step: whole rows, and then positions of what is left."""
-        found, of_rows, scores = score_offer(self.DG, self._offer, self.importance)
-        policy = self._wishes.policy(self._rules, step)
-        gone = choose_rows(found, of_rows, self.DG.alive, policy)
-        return np.concatenate((gone, choose_positions(found, scores, self.DG.alive, policy, gone)))
+        found, *scores = score_offer(self.DG, self._offer, self.importance)
+        return choose_offered(found, scores, self.DG.alive, self._wishes.policy(self._rules, step))
 
     def _next_groups(self) -> Iterator[Group]:
         """Whole heads first; then what goes from those that are left once the caller has dealt with them."""
@@ -277,7 +273,7 @@ class BasePruner:
 
     def get_target_pruning_ratio(self, module: Any, step: int = -1) -> float:
         """The share of a layer's outputs that is to be gone after ``step`` steps (-1: after those made so far)."""
-        now = self._wishes.now(self._wishes.ratio_of([module]), self.current_step if step < 0 else step)
+        now = self._wishes.now(self._wishes.ratio_of([module]) or 0.0, self.current_step if step < 0 else step)
         return min(now, self._wishes.cap_of([module]))
 
     def get_target_head_pruning_ratio(self, module: Any) -> float:

@@ -1,4 +1,4 @@
-"""What a user wants of a pruner, checked before anything is traced, and what it means for each family."""
+"""What a user wants of a pruner or of `prune`, checked before anything is traced, and what it means for families."""
 
 from __future__ import annotations
 
@@ -11,16 +11,19 @@ from torch import nn
 from prunus.coupling import Coupling, Family
 from prunus.graph import DependencyGraph
 from prunus.heads import Offer, positions_of
-from prunus.pruner.schedules import Schedule, shares_of
+from prunus.pruner.schedules import Schedule, linear_scheduler, shares_of
 from prunus.pruner.scopes import ByLayer, HeadShares, called, check_count, check_share, form, makers
 from prunus.selection import Policy
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What holds for one family: its share, its cap (None: that of all), how many bundles stay, what it competes in."""
+    """What holds for one family: its share, its cap (None: that of all), how many bundles stay, what it competes in.
 
-    ratio: float
+    A share of None is for a budget to say.
+    """
+
+    ratio: float | None
     cap: float | None
     least: int
     scope: Hashable
@@ -37,7 +40,7 @@ class Wishes:
         self,
         model: nn.Module,
         *,
-        ratio: float,
+        ratio: float | None,
         ratios: Mapping[Any, float],
         cap: float,
         caps: Mapping[Any, float],
@@ -45,11 +48,12 @@ class Wishes:
         heads: HeadShares,
         global_pruning: bool,
         isomorphic: bool,
-        schedule: Schedule,
-        steps: int,
         round_to: int | None,
+        schedule: Schedule = linear_scheduler,
+        steps: int = 1,
     ) -> None:
-        check_share("pruning_ratio", ratio)
+        if ratio is not None:
+            check_share("pruning_ratio", ratio)
         check_share("max_pruning_ratio", cap, "at most 1")
         for key, share in ratios.items():
             check_share(called("pruning_ratio_dict", key), share)
@@ -70,10 +74,10 @@ class Wishes:
         self._caps = ByLayer(model, caps, "max_pruning_ratio_dict")
         self._widths = ByLayer(model, widths, "min_width")
         heads.of_layers(model, ())
-        self.shares = shares_of(schedule, ratio, steps)
+        self.shares = shares_of(schedule, ratio or 0.0, steps)
 
-    def ratio_of(self, layers: Iterable[Any]) -> float:
-        """The share that goes from the first of ``layers`` that was named, or that of all."""
+    def ratio_of(self, layers: Iterable[Any]) -> float | None:
+        """The share that goes from the first of ``layers`` that was named, or that of all (None: a budget says)."""
         own = self._ratios.of(layers)
         return self._ratio if own is None else own.value
 
@@ -121,7 +125,8 @@ class Wishes:
 
     def policy(self, rules: Mapping[int, Rule], step: int) -> Policy:
         """How far selection may go in a step."""
-        share = {ratio: self.now(ratio, step) for ratio in {rule.ratio for rule in rules.values()}}
+        known = {rule.ratio for rule in rules.values()}
+        share = {ratio: None if ratio is None else self.now(ratio, step) for ratio in known}
         return Policy(
             lambda family: share[rules[id(family)].ratio],
             self._cap,
