@@ -199,8 +199,8 @@ def test_a_latency_of_one_or_more_is_in_milliseconds() -> None:
     ("options", "message"),
     [
         ({"allocation": "fair"}, "uniform, global, greedy"),
-        ({"search": 3}, "needs both"),
-        ({"metric": len}, "needs both"),
+        ({"search": 3}, "pass metric=, or data="),
+        ({"metric": len}, "say how many with search="),
         ({"search": -1, "metric": len}, "0 or more"),
         ({"allocation": lambda ladders, costs: []}, "one array for each ladder"),
     ],

@@ -30,7 +30,7 @@ LEVELS = [
     {"surgery", "containers", "handlers", "cost", "calibration", "importance", "functions"},
     {"selection", "heads", "regularize", "recover", "recipe", "report", "repair", "allocation", "budget", "obstacles"},
     {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "blocks", "utils"}
-    | {"ops", "dependency", "serialization", "spending", "sensitivity", "inspection", "speed"},
+    | {"ops", "dependency", "serialization", "spending", "sensitivity", "inspection", "speed", "samples", "cutting"},
     {"integrations"},
     {"cli", "__main__"},
 ]

@@ -3,33 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 
-from prunus.allocation import Allocation, Offered, offered, within
-from prunus.budget import Budget, Found, Target
-from prunus.cost import LatencyModel, LatencyTable, MemoryModel
-from prunus.errors import InputError, NothingToPruneError
+from prunus.allocation import Allocation
+from prunus.budget import Budget, Target
+from prunus.cost import LatencyTable
+from prunus.cutting import Order, carry_out
+from prunus.errors import InputError
 from prunus.graph import DependencyGraph
-from prunus.heads import Offer, choose_offered, offer
-from prunus.importance import MagnitudeImportance
-from prunus.labels import Ids
+from prunus.heads import offer
 from prunus.plan import Alive, Footprint, Plan
-from prunus.pruner import Criterion, HeadShares, score_offer
+from prunus.pruner import Criterion, HeadShares
 from prunus.pruner.beginning import graph_of, something
+from prunus.pruner.scopes import check_count
 from prunus.pruner.wishes import Wishes
-from prunus.repair import RepairReport, fold_constants, frozen, may_have_constants, repair
+from prunus.repair import RepairReport
 from prunus.report import frozen_text, layer_table, render, share_left
-from prunus.selection import Policy, Scores
+from prunus.samples import Samples
 from prunus.sizes import Fact
-from prunus.speed import Timing, spend_time
-from prunus.spending import Measure, Wish, spend
+from prunus.spending import check_search
 from prunus.surgery import Receipt
-from prunus.tracing import ForwardFn, Inputs, call_model
+from prunus.tracing import ForwardFn, Inputs
 
 
 @dataclass(frozen=True)
@@ -42,6 +39,7 @@ class PruneResult:
     _alive: tuple[Alive, Alive]
     budget: Budget | None = None
     repair: RepairReport | None = None
+    note: str = ""
 
     @property
     def before(self) -> Footprint:
@@ -66,7 +64,9 @@ class PruneResult:
         table = layer_table(self.graph.coupling, *self._alive, before, after)
         spent = () if self.budget is None else (str(self.budget),)
         repaired = () if self.repair is None else (str(self.repair),)
-        return "\n".join((render(table), share_left(before, after), *spent, *self.plan.notes, *repaired))
+        return "\n".join(
+            (render(table), share_left(before, after), *spent, *self.plan.notes, *repaired, *filter(None, [self.note]))
+        )
 
 
 def prune(  # noqa: PLR0913 - each keyword is a choice of the user
@@ -100,6 +100,8 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     device: Any = None,
     data: Iterable[Any] | None = None,
     input_fn: Callable[[Any], Any] | None = None,
+    samples: int = 256,
+    rounds: int = 1,
 ) -> PruneResult:
     """Cut ``model`` in place to a target: the least important channels, head dims and neurons go.
 
@@ -108,7 +110,7 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         example_inputs: a tensor, a tuple of positional arguments or a dict of keyword arguments.
         target: what must hold afterwards; default half of the MACs.
         ignored_layers: modules whose output widths must stay.
-        importance: a criterion, default :class:`~prunus.importance.MagnitudeImportance`.
+        importance: a criterion, default :class:`~prunus.importance.MagnitudeImportance`, or what ``data`` say.
         round_to: widths that stay are multiples of it, where a group allows it.
         max_pruning_ratio: the largest share of any group.
         max_pruning_ratio_dict: other caps for some layers. This and the next two dictionaries have as keys modules
@@ -121,10 +123,11 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
             loses the same share.
         allocation: how a budget is spread over the groups: "uniform" (the same share of each, the default), "global"
             (one threshold over all scores, the default with ``global_pruning``), "greedy" (the lowest score for each
-            bit of cost saved first, for scores that compare across layers), or a
+            bit of cost saved first, the default for scores that say they are ``comparable`` across layers), or a
             :data:`~prunus.allocation.Allocation`.
-        search: how many allocations to judge by ``metric`` (0: none, take ``allocation`` as it is).
-        metric: ``metric(model) -> float`` of the cut model on calibration data, higher is better; for ``search``.
+        search: how many allocations to judge (0: none, take ``allocation`` as it is).
+        metric: ``metric(model) -> float`` of the cut model, higher is better; for ``search``. Default with ``data``:
+            how near the outputs come to the dense model's on held-out samples, after repair.
         latency_table: measured times of calls, for a target with a latency; default those of the model's device, kept
             under ``~/.cache/prunus``.
         prune_num_heads: whole heads go (rows over which a contraction is batched: heads of attention with the query
@@ -134,15 +137,21 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         head_pruning_ratio: the share of heads that goes; 0 means the share of all others.
         head_pruning_ratio_dict: other shares of heads for some modules (or tuples of modules), with all inside them.
         forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
-        output_transform: picks from the output what must keep its sizes (default: every tensor in it).
+        output_transform: picks from the output what must keep its sizes, and what counts where ``data`` choose (default:
+            every tensor in it).
         facts: attributes that equal a width by construction and that no traced op reads.
         optimizer: an optimiser whose state is cut too.
         unwrapped_parameters: see :meth:`DependencyGraph.build_dependency`.
         customized_pruners: see :meth:`DependencyGraph.build_dependency`.
         device: see :meth:`DependencyGraph.build_dependency`.
-        data: yields batches of inputs, without labels; the layers that read what was removed are refitted on some
-            hundred samples of them, without training (see :func:`prunus.repair`).
+        data: yields batches of inputs, without labels. What goes is chosen by what it does to the outputs of the layers
+            that read it (:class:`~prunus.importance.OutputErrorImportance`, spread over the groups "greedily", unless
+            ``importance`` or ``allocation`` say otherwise), and these layers are refitted, without training (see
+            :func:`prunus.repair`).
         input_fn: makes the model's inputs of a batch, such as ``lambda batch: batch[0]``.
+        samples: batches of ``data`` are read until there are so many samples.
+        rounds: in so many rounds, each of which scores anew, cuts and repairs; more may help where much goes (to a
+            third or less). Needs ``data``.
 
     Raises:
         InputError: an argument cannot be used; nothing was changed.
@@ -159,18 +168,38 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     target = Target(macs=0.5) if target is None else target
     if not isinstance(target, Target):
         raise InputError(f"target={target!r}: pass a prunus.Target, such as Target(macs=0.5)")
-    wish = Wish(_allocation(allocation, global_pruning, isomorphic), search, metric)
-    wishes = Wishes(
-        getattr(model, "_orig_mod", model),  # what torch.compile wraps
-        ratio=target.ratio,
-        ratios=pruning_ratio_dict or {},
-        cap=max_pruning_ratio,
-        caps=max_pruning_ratio_dict or {},
-        min_width=min_width,
-        heads=HeadShares(head_pruning_ratio, head_pruning_ratio_dict),
-        global_pruning=global_pruning,
-        isomorphic=isomorphic,
-        round_to=round_to,
+    check_count("rounds", rounds)
+    check_count("samples", samples)
+    if rounds > 1 and data is None:
+        raise InputError(f"rounds={rounds}: only repair makes rounds worth it; pass data=, or use a pruner's steps")
+    check_search(search, metric, data is not None)
+    order = Order(
+        target,
+        importance,
+        Wishes(
+            getattr(model, "_orig_mod", model),  # what torch.compile wraps
+            ratio=target.ratio,
+            ratios=pruning_ratio_dict or {},
+            cap=max_pruning_ratio,
+            caps=max_pruning_ratio_dict or {},
+            min_width=min_width,
+            heads=HeadShares(head_pruning_ratio, head_pruning_ratio_dict),
+            global_pruning=global_pruning,
+            isomorphic=isomorphic,
+            round_to=round_to,
+        ),
+        allocation,
+        global_pruning,
+        isomorphic,
+        search,
+        metric,
+        round_to,
+        (prune_num_heads, prune_head_dims),
+        example_inputs,
+        forward_fn,
+        latency_table,
+        rounds,
+        device is None,
     )
     graph = graph_of(
         model,
@@ -183,124 +212,9 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         facts=facts,
         device=device,
     )
-    found = something(graph, offer(graph.coupling, prune_num_heads, prune_head_dims))
-    scored = score_offer(graph, found, importance or MagnitudeImportance())
-    if not scored[0]:
-        raise NothingToPruneError("the importance returned None for every group: it leaves all of them alone")
-    rules = wishes.rules(graph, scored[0])
-    policy = wishes.policy(rules, 1)
-    if target.ratio is not None:
-        units, budget = choose_offered(scored[0], scored[1:], graph.alive, policy), None
-    else:
-        if isomorphic:
-            wish = replace(wish, allocation=within(lambda family: rules[id(family)].scope))
-        run = example_inputs, forward_fn, latency_table
-        spent = _spend(graph, target, wish, _choices(graph, scored, policy), round_to, run)
-        units, budget = spent.units, spent.budget
-    if units.size == 0:
-        raise NothingToPruneError(f"{target} removes nothing: the groups are too small for it; ask for more")
-    plan, after = graph._plan(units)
-    before, dense = graph.alive, _remembered(graph.model, plan, data, device)
-    receipt = graph._apply(plan, after, optimizer=optimizer)
-    repaired = None
-    try:
-        if dense is not None:
-            repaired = _make_up(graph.model, dense, receipt, example_inputs, forward_fn, data, input_fn)
-    except BaseException:
-        receipt.undo()
-        raise
-    return PruneResult(receipt.plan, receipt, graph, (before, graph.alive), budget, repaired)
-
-
-def _allocation(asked: str | Allocation | None, global_pruning: bool, isomorphic: bool) -> str | Allocation:
-    """How a budget is spread where the caller did not say it."""
-    if asked is None:
-        return "global" if global_pruning else "uniform"
-    if isomorphic:
-        raise InputError(f"allocation={asked!r}: isomorphic=True is an allocation of its own; leave one of them out")
-    return asked
-
-
-def _choices(
-    graph: DependencyGraph, scored: tuple[Offer, Scores, Scores], policy: Policy
-) -> Callable[[int | None], Offered]:
-    """What may be removed under a budget, when the widths that stay are multiples of a number."""
-    found, *scores = scored
-    return lambda step: offered(found, scores, graph.alive, replace(policy, round_to=step))
-
-
-def _remembered(model: nn.Module, plan: Plan, data: Iterable[Any] | None, device: Any) -> nn.Module | None:
-    """The model as it is before the cut, where something may be made up for."""
-    if data is None and (device is not None or not may_have_constants(model, plan)):
-        return None
-    try:
-        return frozen(model)
-    except InputError:
-        if data is None:  # it cannot be copied: its constants are lost, as anything is that was removed
-            return None
-        raise
-
-
-def _make_up(
-    model: nn.Module,
-    dense: nn.Module,
-    receipt: Receipt,
-    example_inputs: Inputs,
-    forward_fn: ForwardFn | None,
-    data: Iterable[Any] | None,
-    input_fn: Callable[[Any], Any] | None,
-) -> RepairReport | None:
-    """Let the kept weights make up for the removed ones: constants exactly, the rest as far as the data tell."""
-    for change in fold_constants(dense, model, receipt.plan, example_inputs, forward_fn or call_model):
-        change.do()
-        receipt.changes.append(change)
-    if data is None:
-        return None
-    report = repair(model, receipt.plan, data, input_fn=input_fn, dense=dense, forward_fn=forward_fn)
-    receipt.changes += report.receipt.changes
-    return report
-
-
-def _spend(
-    graph: DependencyGraph,
-    target: Target,
-    wish: Wish,
-    choices: Callable[[int | None], Offered],
-    round_to: int | None,
-    run: tuple[Inputs, ForwardFn | None, LatencyTable | None],
-) -> Found:
-    """The units to remove so that budgets are met."""
-    coupling, alive = graph.coupling, graph.alive
-    special: dict[str, Measure] = {"memory": MemoryModel(coupling)} if target.memory is not None else {}
-    judge = _cut_and(graph, wish.metric or (lambda m: 0.0))
-    if target.latency is None:
-        return spend(coupling, alive, choices(round_to), target, wish, special, judge)
-    inputs, forward_fn, table = run
-    device = next((p.device for p in graph.model.parameters()), torch.device("cpu"))
-    if device.type == "meta":
-        raise InputError(f"{target}: a model on the meta device does not run; put it on the device to be timed")
-    table = LatencyTable(device) if table is None else table
-    timing = _timing(graph, LatencyModel(coupling, inputs, table, forward_fn), choices)
-    try:
-        return spend_time(alive, timing, target, wish, special, round_to, judge)
-    finally:
-        table.save()
-
-
-def _cut_and(graph: DependencyGraph, measure: Callable[[nn.Module], float]) -> Callable[[Ids], float]:
-    """A measure of the model without some units; the model is as it was afterwards."""
-
-    def measured(units: Ids) -> float:
-        receipt = graph._prune(units, record_history=False)
-        try:
-            return measure(graph.model)
-        finally:
-            receipt.undo()
-
-    return measured
-
-
-def _timing(graph: DependencyGraph, model: LatencyModel, choices: Callable[[int | None], Offered]) -> Timing:
-    """What a search for a latency needs."""
-    without = partial(graph.coupling.without, graph.alive)
-    return Timing(model, _cut_and(graph, lambda m: model.measured()), choices, without)
+    before, given = graph.alive, None
+    if data is not None:
+        something(graph, offer(graph.coupling, prune_num_heads, prune_head_dims))
+        given = Samples.of(graph.model, data, samples, input_fn, forward_fn, output_transform)
+    done = carry_out(graph, order, given, optimizer)
+    return PruneResult(done.plan, done.receipt, graph, (before, graph.alive), done.budget, done.report, done.note)

@@ -24,20 +24,28 @@ Measure = Callable[[Alive], float]
 class Wish:
     """How a budget is to be spent.
 
-    ``allocation`` names an order of removals (or is one); ``search`` allocations are judged by ``metric`` (a function
-    of the cut model, higher is better), if it is above 0.
+    ``allocation`` names an order of removals (or is one); ``search`` allocations are judged, if it is above 0.
     """
 
     allocation: str | Allocation = "uniform"
     search: int = 0
-    metric: Callable[[Any], float] | None = None
 
     def __post_init__(self) -> None:
         check_allocation(self.allocation)
-        if type(self.search) is not int or self.search < 0:
-            raise InputError(f"search={self.search!r}: give the number of allocations to try, 0 or more")
-        if bool(self.search) != (self.metric is not None):
-            raise InputError("a search over allocations needs both search= (how many) and metric= (what judges them)")
+
+
+def check_search(search: int, metric: Callable[[Any], float] | None, has_data: bool) -> None:
+    """Refuse a search that nothing judges, and a judge without a search.
+
+    Raises:
+        InputError: that is what was asked for.
+    """
+    if type(search) is not int or search < 0:
+        raise InputError(f"search={search!r}: give the number of allocations to try, 0 or more")
+    if search and metric is None and not has_data:
+        raise InputError("a search over allocations needs something that judges them: pass metric=, or data=")
+    if metric is not None and not search:
+        raise InputError("metric= judges allocations: say how many with search=")
 
 
 def costs_of(coupling: Coupling, alive: Alive, target: Target, special: dict[str, Measure]) -> Callable[[Ids], Costs]:

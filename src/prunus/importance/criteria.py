@@ -34,7 +34,12 @@ class ScoredGroup(Protocol):
 
 
 class Importance:
-    """Base of criteria that users write: implement ``__call__(group) -> scores``."""
+    """Base of criteria that users write: implement ``__call__(group) -> scores``.
+
+    ``comparable`` says that scores are in units of the loss, so that those of different groups compare as they are.
+    """
+
+    comparable = False
 
     def __call__(self, group: ScoredGroup) -> torch.Tensor | None:
         """One score for each unit of the group, or None."""

@@ -217,6 +217,7 @@ class FisherImportance(Importance):
                 "calibrate kept fewer apart: pass calibrate(..., keep=) at least as many, or steps= to see fewer"
             )
         self.calibration, self.p, self.normalizer = calibration, p, normalizer
+        self.comparable = p == 2 and normalizer is None
 
     @torch.no_grad()
     def __call__(self, group: ScoredGroup) -> torch.Tensor | None:

@@ -83,6 +83,7 @@ class OutputErrorImportance(Importance):
         if steps < 0 or ridge < 0:
             raise InputError(f"OutputErrorImportance: steps={steps!r} and ridge={ridge!r} must be at least 0")
         self.calibration, self.steps, self.ridge, self.normalizer = calibration, steps, ridge, normalizer
+        self.comparable = self.weighted and normalizer is None
 
     @torch.no_grad()
     def __call__(self, group: ScoredGroup) -> torch.Tensor | None:

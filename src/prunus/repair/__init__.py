@@ -3,6 +3,7 @@
 from prunus.repair.closed_form import repair
 from prunus.repair.constants import fold_constants, may_have_constants
 from prunus.repair.report import LayerRepair, RepairReport
+from prunus.repair.samples import read
 from prunus.repair.twins import frozen
 
-__all__ = ["LayerRepair", "RepairReport", "fold_constants", "frozen", "may_have_constants", "repair"]
+__all__ = ["LayerRepair", "RepairReport", "fold_constants", "frozen", "may_have_constants", "read", "repair"]

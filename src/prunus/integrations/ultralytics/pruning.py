@@ -29,7 +29,7 @@ def prune(yolo: YOLO, target: Target = HALF, *, imgsz: int = 640, guard: bool = 
         imgsz: Height and width in pixels that operations are counted at; a multiple of the stride, default 640.
         guard: Whether stock ``train()`` shall refuse the pruned model instead of silently training one of full width;
             default True.
-        options: Whatever else :func:`prunus.prune` takes, such as ``importance`` or ``round_to``.
+        options: Whatever else :func:`prunus.prune` takes, such as ``data``, ``importance`` or ``round_to``.
 
     Raises:
         InputError: The model is fused or exported, or ``imgsz`` does not fit its stride.
@@ -44,6 +44,8 @@ def prune(yolo: YOLO, target: Target = HALF, *, imgsz: int = 640, guard: bool = 
     images = torch.zeros(1, channels(model), imgsz, imgsz, device=next(model.parameters()).device)
     facts = [*width_facts(model), *options.pop("facts", ())]
     options = {"forward_fn": without_features, **options}
+    if options.get("data") is not None:
+        options.setdefault("output_transform", raw_predictions)
     result = prunus.prune(model, images, target, facts=facts, **options)
     for layer in model.model:  # type: ignore[union-attr]
         layer.np = sum(p.numel() for p in layer.parameters())  # ultralytics prints this number in profiles
@@ -68,6 +70,16 @@ def without_features(model: nn.Module, images: Any) -> Any:
     loss, which reads the height and width of them only; so these need not stay.
     """
     return _drop(model(images), "feats")
+
+
+def raw_predictions(output: Any) -> Any:
+    """What a head computes before boxes are decoded: box distributions, class logits, coefficients of masks.
+
+    What goes is chosen by its effect on outputs; decoded boxes are in pixels and would drown all others.
+    """
+    if isinstance(output, (list, tuple)) and len(output) == 2 and isinstance(output[1], dict):
+        return output[1]
+    return output
 
 
 def _drop(output: Any, name: str) -> Any:
