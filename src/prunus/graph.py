@@ -241,9 +241,9 @@ class DependencyGraph:
 
     def units_at(self, side: Side, idxs: Sequence[int] | torch.Tensor) -> Ids:
         """The units that go when positions ``idxs`` of a side go."""
-        wanted = idxs.tolist() if isinstance(idxs, torch.Tensor) else list(idxs)
+        wanted: list[Any] = idxs.tolist() if isinstance(idxs, torch.Tensor) else list(idxs)
         _, units = self._living(side)
-        outside = [i for i in wanted if not 0 <= i < len(units)]
+        outside = [i for i in wanted if not isinstance(i, (int, np.integer)) or not 0 <= i < len(units)]
         if outside:
             raise InputError(f"{side.node.name} has {len(units)} positions there; {outside[:8]} do not exist")
         if not wanted:

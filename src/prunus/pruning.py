@@ -13,14 +13,14 @@ from torch import nn
 from prunus.allocation import Allocation, Offered, offered, within
 from prunus.budget import Budget, Found, Target
 from prunus.cost import LatencyModel, LatencyTable, MemoryModel
-from prunus.errors import InputError, NothingToPruneError
+from prunus.errors import InputError, NothingToPruneError, TargetError
 from prunus.graph import DependencyGraph
 from prunus.heads import Offer, choose_offered, offer
-from prunus.importance import MagnitudeImportance
 from prunus.labels import Ids
 from prunus.plan import Alive, Footprint, Plan
 from prunus.pruner import Criterion, HeadShares, score_offer
-from prunus.pruner.beginning import graph_of, something
+from prunus.pruner.beginning import graph_of, model_in, something
+from prunus.pruner.scoring import criterion_of, some_scored
 from prunus.pruner.wishes import Wishes
 from prunus.repair import RepairReport, fold_constants, frozen, may_have_constants, repair
 from prunus.report import frozen_text, layer_table, render, share_left
@@ -159,19 +159,22 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     target = Target(macs=0.5) if target is None else target
     if not isinstance(target, Target):
         raise InputError(f"target={target!r}: pass a prunus.Target, such as Target(macs=0.5)")
+    score = criterion_of(importance)
     wish = Wish(_allocation(allocation, global_pruning, isomorphic), search, metric)
     wishes = Wishes(
-        getattr(model, "_orig_mod", model),  # what torch.compile wraps
+        model_in(model),
         ratio=target.ratio,
-        ratios=pruning_ratio_dict or {},
+        ratios=pruning_ratio_dict,
         cap=max_pruning_ratio,
-        caps=max_pruning_ratio_dict or {},
+        caps=max_pruning_ratio_dict,
         min_width=min_width,
         heads=HeadShares(head_pruning_ratio, head_pruning_ratio_dict),
         global_pruning=global_pruning,
         isomorphic=isomorphic,
         round_to=round_to,
     )
+    if target.ratio is not None:
+        _check_ratio(target.ratio, max_pruning_ratio, search)
     graph = graph_of(
         model,
         example_inputs,
@@ -184,9 +187,7 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         device=device,
     )
     found = something(graph, offer(graph.coupling, prune_num_heads, prune_head_dims))
-    scored = score_offer(graph, found, importance or MagnitudeImportance())
-    if not scored[0]:
-        raise NothingToPruneError("the importance returned None for every group: it leaves all of them alone")
+    scored = some_scored(score_offer(graph, found, score))
     rules = wishes.rules(graph, scored[0])
     policy = wishes.policy(rules, 1)
     if target.ratio is not None:
@@ -210,6 +211,17 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         receipt.undo()
         raise
     return PruneResult(receipt.plan, receipt, graph, (before, graph.alive), budget, repaired)
+
+
+def _check_ratio(ratio: float, cap: float, search: int) -> None:
+    """Refuse a share that the cap does not allow, and a search, which is for budgets."""
+    if ratio > cap:
+        raise TargetError(
+            f"Target(ratio={ratio}) cannot be met: max_pruning_ratio={cap} keeps more of every group; raise it, or ask "
+            "for a smaller share"
+        )
+    if search:
+        raise InputError(f"search={search}: with Target(ratio=) there is nothing to search; ask for macs= or params=")
 
 
 def _allocation(asked: str | Allocation | None, global_pruning: bool, isomorphic: bool) -> str | Allocation:
