@@ -206,6 +206,12 @@ def test_a_metric_that_is_no_number_is_refused(value: Any) -> None:
         prunus.sensitivity(network(), X, lambda m: value)
 
 
+def test_a_curve_with_nan_is_no_importance() -> None:
+    found = prunus.sensitivity(network(), X, lambda m: NAN if m[0].out_features < 8 else 1.0, shares=[0.25, 0.75])
+    with pytest.raises(InputError, match="NaN with 75% of 0 removed"):
+        found.importance()
+
+
 @pytest.mark.parametrize("positions", [[], [-1], [16], [0.5], ["a"]])
 def test_positions_that_are_not_there_are_refused(positions: list[Any]) -> None:
     model = network()

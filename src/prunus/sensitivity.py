@@ -106,7 +106,18 @@ class Sensitivity:
         return figure
 
     def importance(self) -> SensitivityImportance:
-        """The curves as a criterion whose scores compare across groups (for ``allocation="greedy"`` or "global")."""
+        """The curves as a criterion whose scores compare across groups (for ``allocation="greedy"`` or "global").
+
+        Raises:
+            InputError: the metric was NaN after some cut.
+        """
+        for curve in self.curves:
+            if any(math.isnan(metric) for metric in curve.metrics):
+                share = next(s for s, metric in zip(curve.shares, curve.metrics, strict=True) if math.isnan(metric))
+                raise InputError(
+                    f"the metric was NaN with {share:.0%} of {curve.layer} removed, so its curve says nothing: let the "
+                    "metric give a low number instead, or measure smaller shares"
+                )
         return SensitivityImportance(self)
 
     def _drop(self, metric: float) -> float:

@@ -185,7 +185,8 @@ def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tenso
 def _scaled(tensor: torch.Tensor, scalings: Sequence[Scaling]) -> torch.Tensor:
     """The tensor with some positions multiplied, to make up for numbers that are computed from sizes."""
     for scaling in scalings:
-        if scaling.dim >= tensor.dim() or not all(0 <= p < tensor.shape[scaling.dim] for p in scaling.positions):
+        places = scaling.positions or (0,)
+        if scaling.dim >= tensor.dim() or not 0 <= min(places) <= max(places) < tensor.shape[scaling.dim]:
             raise SurgeryError(f"{scaling.tensor} dim {scaling.dim}: the plan scales positions that do not exist")
         factor = torch.ones(tensor.shape[scaling.dim], dtype=torch.float64)
         factor[list(scaling.positions)] = scaling.factor
