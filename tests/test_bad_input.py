@@ -114,6 +114,9 @@ BAD: dict[str, Case] = {
     "data that yields nothing": ({"data": []}, InputError, "yields no samples", PRUNE),
     "data that is none": ({"data": 3}, InputError, "not something that yields batches", PRUNE),
     "data of nan": ({"data": [torch.full((4, 8), NAN)]}, InputError, "holds NaN", PRUNE),
+    "a metric that is no function": ({"search": 2, "metric": 3}, InputError, "metric=3", PRUNE),
+    "a penalty that is none": ({"regularizer": 3}, InputError, "regularizer=3", (in_steps,)),
+    "types that are none": ({"root_module_types": 3}, InputError, "root_module_types holds 3", (in_steps,)),
     "a search for a share": ({"search": 2, "metric": lambda m: 1.0}, InputError, "nothing to search", (by_ratio,)),
     "shares that are none": ({"shares": 0.5}, InputError, r"shares=0\.5", (by_curves,)),
 }

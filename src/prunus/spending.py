@@ -36,6 +36,8 @@ class Wish:
         check_allocation(self.allocation)
         if type(self.search) is not int or self.search < 0:
             raise InputError(f"search={self.search!r}: give the number of allocations to try, 0 or more")
+        if self.metric is not None and not callable(self.metric):
+            raise InputError(f"metric={self.metric!r}: pass a function of the model that returns a number")
         if bool(self.search) != (self.metric is not None):
             raise InputError("a search over allocations needs both search= (how many) and metric= (what judges them)")
 

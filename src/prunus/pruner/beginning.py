@@ -43,6 +43,19 @@ def listed(layers: Any) -> tuple[Any, ...]:
     return tuple(layers)
 
 
+def types_of(given: Any) -> tuple[type, ...]:
+    """Types of modules as a tuple; one alone is understood.
+
+    Raises:
+        InputError: something is no type.
+    """
+    found = (given,) if isinstance(given, type) else tuple(given) if isinstance(given, Iterable) else (given,)
+    wrong = [one for one in found if not isinstance(one, type)]
+    if wrong:
+        raise InputError(f"root_module_types holds {wrong[0]!r}: pass types of modules, such as torch.nn.Linear")
+    return found
+
+
 def graph_of(  # noqa: PLR0913 - what the faces have in common
     model: nn.Module,
     example_inputs: Inputs,
@@ -97,4 +110,4 @@ def something(graph: DependencyGraph, found: Offer) -> Offer:
     return found
 
 
-__all__ = ["graph_of", "listed", "model_in", "something"]
+__all__ = ["graph_of", "listed", "model_in", "something", "types_of"]

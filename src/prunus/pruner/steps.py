@@ -28,7 +28,7 @@ from prunus.heads import (
 from prunus.labels import Ids
 from prunus.plan import Plan
 from prunus.pruner import scopes
-from prunus.pruner.beginning import graph_of, listed, model_in, something
+from prunus.pruner.beginning import graph_of, listed, model_in, something, types_of
 from prunus.pruner.schedules import Schedule, linear_scheduler
 from prunus.pruner.scopes import ByLayer, HeadShares, by_layer, check_share, counts_of, makers
 from prunus.pruner.scoring import Criterion, criterion_of, score_offer
@@ -141,7 +141,7 @@ class BasePruner:
         self.pruning_ratio = pruning_ratio if ch_sparsity is None else ch_sparsity
         self.max_pruning_ratio, self.round_to = max_pruning_ratio, round_to
         self.iterative_steps, self.current_step = iterative_steps, 0
-        self.root_module_types = tuple(root_module_types)
+        self.root_module_types = types_of(root_module_types)
         self.ignored_layers = list(listed(ignored_layers))
         self.num_heads = dict(num_heads or {})
         self.prune_num_heads, self.prune_head_dims = prune_num_heads, prune_head_dims
