@@ -96,11 +96,62 @@ SIGNATURES: dict[str, list[tuple[str, Any]]] = {
     "importance.HessianImportance": [*SCORES[:2], *DATA],
     "importance.GroupHessianImportance.accumulate_grad": [("self", NEEDED), ("model", NEEDED)],
     "importance.OBDCImportance": [*SCORES, *TYPES, ("num_classes", 100), ("calibration", None)],
-    "scheduler.linear_scheduler": [(ANY, NEEDED), ("steps", NEEDED)],
+    "importance.RandomImportance": [],
+    "importance.ActivationImportance": [("p", 2), ("group_reduction", ANY), *SCORES[1:], *TYPES, ("calibration", None)],
+    "importance.ActivationImportance.compute_importance": [("self", NEEDED), ("model", NEEDED)],
+    "importance.GroupHessianImportance.zero_grad": [("self", NEEDED)],
+    "importance.OBDCImportance.step": [("self", NEEDED)],
+    "importance.Importance.__call__": [("self", NEEDED), ("group", NEEDED)],
+    "scheduler.linear_scheduler": [("pruning_ratio", NEEDED), ("steps", NEEDED)],
+    "DependencyGraph.build_dependency": [
+        ("self", NEEDED),
+        ("model", NEEDED),
+        ("example_inputs", NEEDED),
+        ("forward_fn", None),
+        ("output_transform", None),
+        ("unwrapped_parameters", None),
+        ("customized_pruners", None),
+        ("ignored_layers", ANY),
+        ("ignored_params", ANY),
+        ("verbose", True),
+    ],
+    "DependencyGraph.register_customized_layer": [
+        ("self", NEEDED),
+        ("layer_type_or_instance", NEEDED),
+        ("layer_pruner", NEEDED),
+    ],
+    "DependencyGraph.get_pruning_group": [
+        ("self", NEEDED),
+        ("module", NEEDED),
+        ("pruning_fn", NEEDED),
+        ("idxs", NEEDED),
+    ],
+    "DependencyGraph.get_all_groups": [("self", NEEDED), ("ignored_layers", ANY), ("root_module_types", ANY)],
+    "DependencyGraph.check_pruning_group": [("self", NEEDED), ("group", NEEDED)],
+    "DependencyGraph.get_pruner_of_module": [("self", NEEDED), ("module", NEEDED)],
+    "DependencyGraph.get_out_channels": [("self", NEEDED), ("module_or_node", NEEDED)],
+    "DependencyGraph.get_in_channels": [("self", NEEDED), ("module_or_node", NEEDED)],
+    "DependencyGraph.is_out_channel_pruning_fn": [("self", NEEDED), ("fn", NEEDED)],
+    "DependencyGraph.is_in_channel_pruning_fn": [("self", NEEDED), ("fn", NEEDED)],
     "DependencyGraph.pruning_history": [("self", NEEDED)],
-    "DependencyGraph.load_pruning_history": [("self", NEEDED), (ANY, NEEDED)],
+    "DependencyGraph.load_pruning_history": [("self", NEEDED), ("pruning_history", NEEDED)],
+    "Group.prune": [("self", NEEDED), ("idxs", None), ("record_history", True)],
+    "Group.details": [("self", NEEDED)],
+    "Group.exec": [("self", NEEDED)],
+    "Group.has_pruning_op": [("self", NEEDED), ("dep", NEEDED), ("idxs", NEEDED)],
+    "Dependency.is_triggered_by": [("self", NEEDED), ("pruning_fn", NEEDED)],
+    "BasePruningFunc": [("pruning_dim", 1)],
+    "BasePruningFunc.check": [("self", NEEDED), ("layer", NEEDED), ("idxs", NEEDED), ("to_output", NEEDED)],
+    "BasePruningFunc.__call__": [
+        ("self", NEEDED),
+        ("layer", NEEDED),
+        ("idxs", NEEDED),
+        ("to_output", True),
+        ("inplace", True),
+        ("dry_run", False),
+    ],
     "utils.count_ops_and_params": [("model", NEEDED), ("example_inputs", NEEDED), ("layer_wise", False)],
-    "utils.count_params": [(ANY, NEEDED)],
+    "utils.count_params": [("module", NEEDED)],
     "utils.flatten_as_list": [("obj", NEEDED)],
     "utils.draw_computational_graph": DRAWING,
     "utils.draw_groups": DRAWING,
@@ -121,6 +172,49 @@ SIGNATURES: dict[str, list[tuple[str, Any]]] = {
     "state_dict": [("model", NEEDED)],
     "load_state_dict": [("model", NEEDED), ("state_dict", NEEDED)],
 }
+
+
+LAYERS = {
+    "conv": (tp.ops.OPTYPE.CONV, lambda: nn.Conv2d(8, 8, 3)),
+    "depthwise_conv": (tp.ops.OPTYPE.DEPTHWISE_CONV, lambda: nn.Conv2d(8, 8, 3, groups=8)),
+    "batchnorm": (tp.ops.OPTYPE.BN, lambda: nn.BatchNorm2d(8)),
+    "linear": (tp.ops.OPTYPE.LINEAR, lambda: nn.Linear(8, 8)),
+    "prelu": (tp.ops.OPTYPE.PRELU, lambda: nn.PReLU(8)),
+    "layernorm": (tp.ops.OPTYPE.LN, lambda: nn.LayerNorm(8)),
+    "embedding": (tp.ops.OPTYPE.EMBED, lambda: nn.Embedding(4, 8)),
+    "parameter": (tp.ops.OPTYPE.PARAMETER, lambda: nn.Parameter(torch.ones(2, 8))),
+    "multihead_attention": (tp.ops.OPTYPE.MHA, lambda: nn.MultiheadAttention(8, 2)),
+    "groupnorm": (tp.ops.OPTYPE.GN, lambda: nn.GroupNorm(1, 8)),
+    "instancenorm": (tp.ops.OPTYPE.IN, lambda: nn.InstanceNorm2d(8, affine=True)),
+}
+
+
+@pytest.mark.parametrize("reads", [False, True], ids=["out", "in"])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_each_function_of_layers_cuts_its_layer(kind: str, reads: bool) -> None:
+    number, make = LAYERS[kind]
+    fn = getattr(tp, f"prune_{kind}_{'in' if reads else 'out'}_channels")
+    assert list(inspect.signature(fn).parameters)[1] == "idxs"
+    box = tp.PrunerBox[number]
+    assert fn is (box.prune_in_channels if reads else box.prune_out_channels)
+    idxs = [0, 1, 4, 5]
+    layer = fn(make(), idxs=idxs)
+    count = box.get_in_channels if reads else box.get_out_channels
+    assert count(layer) == 4
+    assert count(box(make(), idxs, to_output=not reads)) == 4
+    assert count(box(make(), idxs, to_output=not reads, dry_run=True)) == 8
+    with pytest.raises(tp.InputError):
+        box(make(), [8], to_output=not reads)
+
+
+def test_the_pruner_of_a_layer_says_what_cuts_it() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3))
+    DG = tp.DependencyGraph().build_dependency(model, IMAGE)
+    pruner = DG.get_pruner_of_module(model[0])
+    DG.get_pruning_group(model[0], pruner.prune_out_channels, idxs=[0, 3]).prune()
+    assert pruner.get_out_channels(model[0]) == DG.get_out_channels(model[0]) == 6
+    assert DG.get_in_channels(DG.module2node[model[1]]) == 6
+    assert tp.pruner.PrunerBox is tp.function.PrunerBox is tp.PrunerBox
 
 
 def named(path: str) -> Any:
@@ -623,6 +717,8 @@ def test_the_page_about_the_change_names_every_public_name() -> None:
     page = (Path(__file__).parent.parent / "docs" / "coming-from-torch-pruning.md").read_text(encoding="utf-8")
     words = set(page.replace("`", " ").replace(".", " ").replace("(", " ").replace(",", " ").split())
     names = {path.rpartition(".")[2] for path in SIGNATURES} | {name for name, _ in BASE}
+    names |= {f"prune_{kind}_{side}_channels" for kind in LAYERS for side in ("out", "in")}
+    names -= {"__call__"}
     free = {"global_pruning", "before_pruning", "after_pruning", "pruning_ratio", "iterative_steps", "ignored_layers",
             "customized_pruners", "root_module_types", "forward_fn", "output_transform"}  # fmt: skip
     assert names - free <= words, names - free - words

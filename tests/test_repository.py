@@ -27,10 +27,10 @@ LEVELS = [
     {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"},
     {"coupling"},
     {"drops", "plan"},
-    {"surgery", "containers", "handlers", "cost", "calibration", "importance", "functions"},
+    {"surgery", "containers", "handlers", "cost", "calibration", "importance", "functions", "ops"},
     {"selection", "heads", "regularize", "recover", "recipe", "report", "repair", "allocation", "budget", "obstacles"},
     {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "blocks", "utils"}
-    | {"ops", "dependency", "serialization", "spending", "sensitivity", "inspection", "speed", "samples", "cutting"},
+    | {"dependency", "serialization", "spending", "sensitivity", "inspection", "speed", "samples", "cutting"},
     {"integrations"},
     {"cli", "__main__"},
 ]

@@ -22,6 +22,7 @@ from prunus.labels import Ids
 from prunus.plan import Plan, footprint, make_plan
 from prunus.pruner import Criterion, score_offer
 from prunus.pruner.beginning import something
+from prunus.pruner.scoring import some_scored
 from prunus.pruner.wishes import Wishes
 from prunus.repair import RepairReport, fold_constants, frozen, may_have_constants
 from prunus.samples import Samples
@@ -61,7 +62,7 @@ class Order:
             check_allocation(self.allocation)
             if self.isomorphic:
                 raise InputError(
-                    f"allocation={self.allocation!r}: isomorphic=True is an allocation itself; leave one of them out"
+                    f"allocation={self.allocation!r}: isomorphic=True is an allocation of its own; leave one out"
                 )
 
     def spread(self, criterion: Criterion) -> str | Allocation:
@@ -170,9 +171,7 @@ class _Round:
         graph, order = self.graph, self.order
         found = something(graph, offer(graph.coupling, *order.heads))
         criterion, note = self._criterion()
-        scored = score_offer(graph, found, criterion)
-        if not scored[0]:
-            raise NothingToPruneError("the importance returned None for every group: it leaves all of them alone")
+        scored = some_scored(score_offer(graph, found, criterion))
         rules = order.wishes.rules(graph, scored[0])
         policy = order.wishes.policy(rules, 1)
         allocation = order.spread(criterion)

@@ -142,14 +142,14 @@ class DependencyGraph:
         self._history = []
         return self
 
-    def register_customized_layer(self, layer_type: Any, layer_pruner: Any) -> None:
+    def register_customized_layer(self, layer_type_or_instance: Any, layer_pruner: Any) -> None:
         """Say how a layer that tracing cannot or should not look into is pruned; call it before build_dependency.
 
         Args:
-            layer_type: a module of the model, its name or name pattern, or a type of modules.
+            layer_type_or_instance: a module of the model, its name or name pattern, or a type of modules.
             layer_pruner: an instance of a :class:`~prunus.BasePruningFunc` with the four methods.
         """
-        self._pruners[layer_type] = layer_pruner
+        self._pruners[layer_type_or_instance] = layer_pruner
 
     def get_pruner_of_module(self, module: nn.Module) -> Any:
         """The customised pruner of a layer, or the pair of functions that prune its outputs and its inputs."""
@@ -204,6 +204,7 @@ class DependencyGraph:
 
     def _side(self, module: Any, fn: Callable[..., Any]) -> Side:
         """The side of ``module`` that ``fn`` cuts."""
+        module = module.module if isinstance(module, Node) else module
         reads = is_in_channel_fn(fn)
         if not reads and not is_out_channel_fn(fn):
             raise InputError(f"{fn!r} is no pruning function; pass one of prunus.prune_*_out_channels / _in_channels")
@@ -241,9 +242,9 @@ class DependencyGraph:
 
     def units_at(self, side: Side, idxs: Sequence[int] | torch.Tensor) -> Ids:
         """The units that go when positions ``idxs`` of a side go."""
-        wanted = idxs.tolist() if isinstance(idxs, torch.Tensor) else list(idxs)
+        wanted: list[Any] = idxs.tolist() if isinstance(idxs, torch.Tensor) else list(idxs)
         _, units = self._living(side)
-        outside = [i for i in wanted if not 0 <= i < len(units)]
+        outside = [i for i in wanted if not isinstance(i, (int, np.integer)) or not 0 <= i < len(units)]
         if outside:
             raise InputError(f"{side.node.name} has {len(units)} positions there; {outside[:8]} do not exist")
         if not wanted:
@@ -361,25 +362,26 @@ class DependencyGraph:
         """The plans that were applied, in order."""
         return list(self._history)
 
-    def load_pruning_history(self, history: Iterable[Any]) -> None:
+    def load_pruning_history(self, pruning_history: Iterable[Any]) -> None:
         """Cut as before, all or nothing.
 
         Args:
-            history: what :meth:`pruning_history` gave, JSON texts of it, or triples ``[layer, is output, positions]``.
+            pruning_history: what :meth:`pruning_history` gave, JSON texts of it, or triples ``[layer, is output,
+                positions]``.
 
         Raises:
             InputError: an entry cannot be read; nothing was changed.
             SurgeryError: an entry does not fit; the model is as it was.
         """
-        replay(self, history)
+        replay(self, pruning_history)
 
-    def get_out_channels(self, module: Any) -> int:
+    def get_out_channels(self, module_or_node: Any) -> int:
         """The present width of what a layer makes."""
-        return len(self._living(self._side(module, prune_parameter_out_channels))[0])
+        return len(self._living(self._side(module_or_node, prune_parameter_out_channels))[0])
 
-    def get_in_channels(self, module: Any) -> int:
+    def get_in_channels(self, module_or_node: Any) -> int:
         """The present width of what a layer reads."""
-        return len(self._living(self._side(module, prune_parameter_in_channels))[0])
+        return len(self._living(self._side(module_or_node, prune_parameter_in_channels))[0])
 
     def is_out_channel_pruning_fn(self, fn: PruningFn) -> bool:
         """Whether ``fn`` cuts what a layer makes."""

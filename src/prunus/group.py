@@ -56,9 +56,9 @@ class Dependency:
         """The function that cuts it."""
         return self.handler
 
-    def is_triggered_by(self, fn: PruningFn) -> bool:
-        """Whether ``fn`` is what makes this cut necessary."""
-        return fn == self.trigger
+    def is_triggered_by(self, pruning_fn: PruningFn) -> bool:
+        """Whether a function is what makes this cut necessary."""
+        return pruning_fn == self.trigger
 
     def __str__(self) -> str:
         return f"{self.trigger.__name__} on {self.source} => {self.handler.__name__} on {self.target}"

@@ -33,7 +33,7 @@ def runs_without_data(model: nn.Module, device: str | torch.device | None) -> bo
     Raises:
         InputError: another device was asked for.
     """
-    if device is not None and torch.device(device).type != "meta":
+    if device is not None and str(device).partition(":")[0] != "meta":
         raise InputError(f"device={device!r}: only 'meta' can be asked for; to trace elsewhere, move model and inputs")
     return device is not None or any(
         p is not None and p.is_meta for m in model.modules() for p in m._parameters.values()

@@ -12,13 +12,14 @@ from prunus.allocation import Allocation
 from prunus.budget import Budget, Target
 from prunus.cost import LatencyTable
 from prunus.cutting import Order, carry_out
-from prunus.errors import InputError
+from prunus.errors import InputError, TargetError
 from prunus.graph import DependencyGraph
 from prunus.heads import offer
 from prunus.plan import Alive, Footprint, Plan
 from prunus.pruner import Criterion, HeadShares
-from prunus.pruner.beginning import graph_of, something
+from prunus.pruner.beginning import graph_of, model_in, something
 from prunus.pruner.scopes import check_count
+from prunus.pruner.scoring import criterion_of
 from prunus.pruner.wishes import Wishes
 from prunus.repair import RepairReport
 from prunus.report import frozen_text, layer_table, render, share_left
@@ -137,8 +138,8 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         head_pruning_ratio: the share of heads that goes; 0 means the share of all others.
         head_pruning_ratio_dict: other shares of heads for some modules (or tuples of modules), with all inside them.
         forward_fn: ``forward_fn(model, example_inputs)`` to use instead of calling the model.
-        output_transform: picks from the output what must keep its sizes, and what counts where ``data`` choose (default:
-            every tensor in it).
+        output_transform: picks from the output what must keep its sizes, and what counts where ``data`` choose
+            (default: every tensor in it).
         facts: attributes that equal a width by construction and that no traced op reads.
         optimizer: an optimiser whose state is cut too.
         unwrapped_parameters: see :meth:`DependencyGraph.build_dependency`.
@@ -175,13 +176,13 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     check_search(search, metric, data is not None)
     order = Order(
         target,
-        importance,
+        None if importance is None else criterion_of(importance),
         Wishes(
-            getattr(model, "_orig_mod", model),  # what torch.compile wraps
+            model_in(model),
             ratio=target.ratio,
-            ratios=pruning_ratio_dict or {},
+            ratios=pruning_ratio_dict,
             cap=max_pruning_ratio,
-            caps=max_pruning_ratio_dict or {},
+            caps=max_pruning_ratio_dict,
             min_width=min_width,
             heads=HeadShares(head_pruning_ratio, head_pruning_ratio_dict),
             global_pruning=global_pruning,
@@ -201,6 +202,8 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         rounds,
         device is None,
     )
+    if target.ratio is not None:
+        _check_ratio(target.ratio, max_pruning_ratio, search)
     graph = graph_of(
         model,
         example_inputs,
@@ -218,3 +221,14 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         given = Samples.of(graph.model, data, samples, input_fn, forward_fn, output_transform)
     done = carry_out(graph, order, given, optimizer)
     return PruneResult(done.plan, done.receipt, graph, (before, graph.alive), done.budget, done.report, done.note)
+
+
+def _check_ratio(ratio: float, cap: float, search: int) -> None:
+    """Refuse a share that the cap does not allow, and a search, which is for budgets."""
+    if ratio > cap:
+        raise TargetError(
+            f"Target(ratio={ratio}) cannot be met: max_pruning_ratio={cap} keeps more of every group; raise it, or ask "
+            "for a smaller share"
+        )
+    if search:
+        raise InputError(f"search={search}: with Target(ratio=) there is nothing to search; ask for macs= or params=")

@@ -109,7 +109,10 @@ class ScaleL1:
         for _, members in chosen:
             for member in members:
                 sign = _wide(member.tensor).sign()
-                yield _parameter(member), sign * _mask(member, torch.full((len(member.index),), self.reg))
+                if member.index.numel() == member.tensor.shape[member.dim]:  # all of it
+                    yield _parameter(member), sign.mul_(self.reg)
+                else:
+                    yield _parameter(member), sign * _mask(member, torch.full((len(member.index),), self.reg))
 
 
 @dataclass
@@ -166,7 +169,7 @@ def add_gradients(
                         continue
                     if parameter.grad is None:
                         parameter.grad = torch.zeros_like(parameter)
-                    parameter.grad.add_((gradient * weight).to(parameter.grad.dtype))
+                    parameter.grad.add_((gradient if weight == 1 else gradient * weight).to(parameter.grad.dtype))
 
 
 def unit_norms(group: Coupled, bias: bool = False) -> torch.Tensor:

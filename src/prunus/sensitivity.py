@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from prunus.coupling import Coupling
 from prunus.errors import InputError
 from prunus.graph import DependencyGraph
 from prunus.heads import offer
-from prunus.importance import Importance, MagnitudeImportance
+from prunus.importance import Importance
 from prunus.importance.criteria import ScoredGroup
 from prunus.plan import footprint
 from prunus.pruner import Criterion, score_offer
 from prunus.pruner.beginning import graph_of, something
+from prunus.pruner.scoring import criterion_of, some_scored
 from prunus.tracing import ForwardFn, Inputs
 from prunus.untouched import untouched
 
@@ -105,7 +106,18 @@ class Sensitivity:
         return figure
 
     def importance(self) -> SensitivityImportance:
-        """The curves as a criterion whose scores compare across groups (for ``allocation="greedy"`` or "global")."""
+        """The curves as a criterion whose scores compare across groups (for ``allocation="greedy"`` or "global").
+
+        Raises:
+            InputError: the metric was NaN after some cut.
+        """
+        for curve in self.curves:
+            if any(math.isnan(metric) for metric in curve.metrics):
+                share = next(s for s, metric in zip(curve.shares, curve.metrics, strict=True) if math.isnan(metric))
+                raise InputError(
+                    f"the metric was NaN with {share:.0%} of {curve.layer} removed, so its curve says nothing: let the "
+                    "metric give a low number instead, or measure smaller shares"
+                )
         return SensitivityImportance(self)
 
     def _drop(self, metric: float) -> float:
@@ -192,7 +204,7 @@ def sensitivity(  # noqa: PLR0913 - each keyword is a choice of the user
 
     Raises:
         InputError: an argument cannot be used, or the metric of the model as it is is no finite number.
-        NothingToPruneError: nothing may be removed.
+        NothingToPruneError: nothing may be removed, or the importance leaves all groups alone.
 
     Example:
         >>> import torch, prunus
@@ -203,11 +215,10 @@ def sensitivity(  # noqa: PLR0913 - each keyword is a choice of the user
         >>> [(row["layer"], row["units"], row["share"], row["drop"] > 0) for row in found.rows]
         [('0', 16, 0.5, True)]
     """
-    asked = _checked(shares, metric)
+    asked, base = _checked(shares, metric), criterion_of(importance)
     graph = graph_of(model, example_inputs, ignored_layers, forward_fn=forward_fn)
     found = something(graph, offer(graph.coupling, prune_num_heads))
-    base = importance or MagnitudeImportance()
-    found, *scores = score_offer(graph, found, base)
+    found, *scores = some_scored(score_offer(graph, found, base))
     choices = offered(found, scores, graph.alive)
     dense = _measured(model, metric)
     if not math.isfinite(dense):
@@ -243,10 +254,10 @@ def sensitivity(  # noqa: PLR0913 - each keyword is a choice of the user
     return Sensitivity(dense, tuple(curves), base, higher_is_better)
 
 
-def _checked(shares: Sequence[float], metric: Any) -> list[float]:
+def _checked(shares: Any, metric: Any) -> list[float]:
     if not callable(metric):
         raise InputError(f"metric={metric!r}: pass a function of the model that returns a number")
-    found = list(shares)
+    found = list(shares) if isinstance(shares, Iterable) else []
     if not found or any(isinstance(s, (str, bool)) or not 0 < s < 1 for s in found) or found != sorted(set(found)):
         raise InputError(f"shares={shares!r}: give ascending numbers, each above 0 and below 1")
     return found
@@ -254,7 +265,11 @@ def _checked(shares: Sequence[float], metric: Any) -> list[float]:
 
 def _measured(model: nn.Module, metric: Metric) -> float:
     with untouched(model):
-        return float(metric(model))
+        value: Any = metric(model)
+    try:
+        return float(value)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"the metric returned {value!r}: it must return one number") from error
 
 
 def _stops(one: Ladder, shares: Sequence[float]) -> list[int]:

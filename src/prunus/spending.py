@@ -42,6 +42,8 @@ def check_search(search: int, metric: Callable[[Any], float] | None, has_data: b
     """
     if type(search) is not int or search < 0:
         raise InputError(f"search={search!r}: give the number of allocations to try, 0 or more")
+    if metric is not None and not callable(metric):
+        raise InputError(f"metric={metric!r}: pass a function of the model that returns a number")
     if search and metric is None and not has_data:
         raise InputError("a search over allocations needs something that judges them: pass metric=, or data=")
     if metric is not None and not search:

@@ -12,6 +12,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -174,7 +175,7 @@ def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tenso
                 f"{name} has shape {tuple(tensor.shape)}, the plan needs {removal.size} along dim {removal.dim}: "
                 "the model was changed since the graph was built; build the graph again"
             )
-        if not all(0 <= p < removal.size for p in removal.positions):
+        if removal.positions and not 0 <= min(removal.positions) <= max(removal.positions) < removal.size:
             raise SurgeryError(f"{name} dim {removal.dim}: the plan names positions that do not exist")
         if len(set(removal.positions)) >= removal.size:
             raise SurgeryError(f"{name} dim {removal.dim} would lose its last position")
@@ -184,7 +185,8 @@ def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tenso
 def _scaled(tensor: torch.Tensor, scalings: Sequence[Scaling]) -> torch.Tensor:
     """The tensor with some positions multiplied, to make up for numbers that are computed from sizes."""
     for scaling in scalings:
-        if scaling.dim >= tensor.dim() or not all(0 <= p < tensor.shape[scaling.dim] for p in scaling.positions):
+        places = scaling.positions or (0,)
+        if scaling.dim >= tensor.dim() or not 0 <= min(places) <= max(places) < tensor.shape[scaling.dim]:
             raise SurgeryError(f"{scaling.tensor} dim {scaling.dim}: the plan scales positions that do not exist")
         factor = torch.ones(tensor.shape[scaling.dim], dtype=torch.float64)
         factor[list(scaling.positions)] = scaling.factor
@@ -199,9 +201,9 @@ def _cutter(removals: list[Removal]) -> Callable[[torch.Tensor], torch.Tensor]:
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         out = tensor.detach()
         for removal in removals:
-            keep = torch.ones(removal.size, dtype=torch.bool)
-            keep[list(removal.positions)] = False
-            out = out.index_select(removal.dim, keep.nonzero().flatten().to(tensor.device))
+            keep = np.ones(removal.size, dtype=bool)
+            keep[np.array(removal.positions, dtype=np.int64)] = False
+            out = out.index_select(removal.dim, torch.from_numpy(np.flatnonzero(keep)).to(tensor.device))
         if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
             return out.contiguous(memory_format=torch.channels_last)
         return out.contiguous()

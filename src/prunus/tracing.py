@@ -102,9 +102,18 @@ def trace(
     if failure is not None and empty:
         raise no_values(model, failure) from failure
     raise InputError(
-        f"the model cannot run on the example inputs ({type(failure).__name__}: {failure}); call it with the same "
+        f"the model cannot run on the example inputs ({type(failure).__name__}: {failure}); "
+        f"{_apart(model, example_inputs)}call it with the same "
         "inputs in eval mode to see where, and pass a tensor, a tuple of arguments, a dict, or a forward_fn"
     ) from failure
+
+
+def _apart(model: nn.Module, example_inputs: Inputs) -> str:
+    """A clause that says so where the model and its inputs are on different devices."""
+    own, given = ({str(t.device) for t in tensors} for tensors in (model.parameters(), tensors_in(example_inputs)))
+    if given <= own or not own:
+        return ""
+    return f"the inputs are on {', '.join(sorted(given))} and the model is on {', '.join(sorted(own))}: move them; "
 
 
 _Modes: TypeAlias = "Callable[[Tracer], Sequence[AbstractContextManager[Any]]]"

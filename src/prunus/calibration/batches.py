@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -11,14 +12,14 @@ from torch.utils._pytree import tree_leaves, tree_map
 from prunus.errors import InputError
 
 
-def batches_of(loader: Any, steps: int | None) -> Iterator[Any]:
+def batches_of(loader: Any, steps: Any) -> Iterator[Any]:
     """At most ``steps`` batches; a tensor or a dict is one batch.
 
     Raises:
         InputError: the loader cannot be iterated, or yields nothing.
     """
-    if steps is not None and steps < 1:
-        raise InputError(f"calibrate: steps={steps!r} must be at least 1, or None for the whole loader")
+    if steps is not None and (not isinstance(steps, Integral) or steps < 1):
+        raise InputError(f"calibrate: steps={steps!r} must be a whole number from 1 on, or None for the whole loader")
     if isinstance(loader, (torch.Tensor, Mapping)):
         loader = [loader]
     if not isinstance(loader, Iterable):
@@ -50,6 +51,8 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
 
 def to_device(value: Any, device: torch.device) -> Any:
     """The same, with every tensor (or object that can move, such as a graph) on a device, and mappings as dicts."""
+    if any(t.is_meta for t in tree_leaves(value) if isinstance(t, torch.Tensor)) and device.type != "meta":
+        raise InputError(f"calibrate: a batch is on the meta device and has no values; give one that is on {device}")
     if isinstance(value, Mapping):
         return {name: to_device(v, device) for name, v in value.items()}
     return tree_map(lambda v: v.to(device) if callable(getattr(v, "to", None)) else v, value)
@@ -59,6 +62,12 @@ def samples_in(value: Any) -> int | None:
     """How many samples a batch has: the size of the first dim that all its tensors share, or None."""
     sizes = {v.shape[0] if v.dim() else 0 for v in tree_leaves(value) if isinstance(v, torch.Tensor)}
     return sizes.pop() if len(sizes) == 1 and 0 not in sizes else None
+
+
+def is_empty(value: Any) -> bool:
+    """Whether all tensors of a batch are without samples."""
+    tensors = [v for v in tree_leaves(value) if isinstance(v, torch.Tensor)]
+    return bool(tensors) and all(v.dim() and v.shape[0] == 0 for v in tensors)
 
 
 def sample_of(value: Any, k: int) -> Any:

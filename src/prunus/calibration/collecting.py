@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
-from prunus.calibration.batches import batches_of, sample_of, samples_in, split_batch, to_device
+from prunus.calibration.batches import batches_of, is_empty, sample_of, samples_in, split_batch, to_device
 from prunus.calibration.recording import Recorder
 from prunus.calibration.statistics import Calibration, Gradient
 from prunus.errors import InputError
@@ -86,9 +86,13 @@ def calibrate(  # noqa: PLR0913 - each keyword is a choice of the user
         raise InputError(
             f"calibrate: collect={sorted(collect)!r}, keep={keep!r}: collect some of {EVERYTHING}, keep >= 1"
         )
+    if loss_fn is not None and not callable(loss_fn):
+        raise InputError(f"calibrate: loss_fn={loss_fn!r}: pass loss_fn(output, targets), or None")
     model = getattr(model, "_orig_mod", model)
     settings = _Settings(loss_fn, input_fn, forward_fn, mask_fn, per_sample, seed, frozenset(collect))
     names = [(n, p) for n, p in model.named_parameters(remove_duplicate=False)]
+    if not names:
+        raise InputError("calibrate: the model has no parameters, so no output of the model depends on them")
     if any(p.is_meta for _, p in names):
         raise InputError("calibrate: the model is on the meta device and has no values to run; calibrate a real copy")
     run = _Run(model, settings, keep, max_gram if "grams" in collect else 0, gram_rows)
@@ -146,6 +150,8 @@ class _Run:
             inputs = to_device(own.input_fn(batch), self.device)
         mask = None if own.mask_fn is None else own.mask_fn(batch).bool()
         whole = (inputs, targets if own.loss_fn is not None else None, mask)
+        if is_empty(inputs):
+            raise InputError(f"calibrate: batch {self.batches} has no samples; leave it out")
         count = samples_in(whole)
         single = self.with_gradients and own.per_sample and count is not None
         self.mixed = self.mixed or not (single or count == 1)
@@ -158,10 +164,17 @@ class _Run:
         self.recorder.mask = mask
         with torch.set_grad_enabled(self.with_gradients), self.recorder if self.watching else nullcontext():
             output = call_model(self.model, inputs, self.settings.forward_fn)
-        if self.with_gradients:
+        if not self.with_gradients:
+            self._look(output)
+        else:
             loss = self._loss(output, targets)
             found = torch.autograd.grad(loss, list(self.parameters.values()), allow_unused=True)
             self._sum(found)
+
+    def _look(self, output: Any) -> None:
+        """Refuse outputs that hold NaN."""
+        if any(bool(t.isnan().any()) for t in tensors_in(output) if t.is_floating_point()):
+            raise InputError(f"calibrate: the model returns NaN at batch {self.batches}; look at data and weights")
 
     def _loss(self, output: Any, targets: Any) -> torch.Tensor:
         with torch.enable_grad():

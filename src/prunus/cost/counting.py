@@ -74,14 +74,14 @@ def count(model: nn.Module, example_inputs: Any, forward_fn: ForwardFn | None = 
     return Cost(macs=sum(macs.values()), params=count_params(model), bytes=weight)
 
 
-def count_params(model: nn.Module) -> int:
+def count_params(module: nn.Module) -> int:
     """Count the numbers in the parameters of a model, each shared parameter once.
 
     Example:
         >>> count_params(nn.Linear(10, 20))
         220
     """
-    return sum(parameter.numel() for parameter in model.parameters())
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 LayerCounts = dict[nn.Module, int]

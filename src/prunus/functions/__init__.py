@@ -21,6 +21,7 @@ from prunus.functions.attention import (
     prune_multihead_attention_in_channels,
     prune_multihead_attention_out_channels,
 )
+from prunus.functions.box import LayerFunctions, PrunerBox
 from prunus.functions.convolution import (
     prune_conv_in_channels,
     prune_conv_out_channels,
@@ -60,6 +61,8 @@ from prunus.functions.recurrent import (
 __all__ = [
     "PRUNERS",
     "BasePruningFunc",
+    "LayerFunctions",
+    "PrunerBox",
     "PruningFn",
     "functions_for",
     "is_in_channel_fn",
@@ -124,7 +127,7 @@ _OUT = frozenset({_DEPTHWISE[0], *(out for out, _ in PRUNERS.values())})
 _IN = frozenset({_DEPTHWISE[1], *(into for _, into in PRUNERS.values())})
 
 
-def functions_for(module: nn.Module | nn.Parameter) -> tuple[PruningFn, PruningFn] | None:
+def functions_for(module: nn.Module | nn.Parameter) -> LayerFunctions | None:
     """Give the function for a layer's outputs and the one for its inputs; None for a layer without one.
 
     Example:
@@ -136,10 +139,10 @@ def functions_for(module: nn.Module | nn.Parameter) -> tuple[PruningFn, PruningF
         True
     """
     if not isinstance(module, nn.Module):  # parameters, subclasses that `__mro__` does not show included
-        return PRUNERS[nn.Parameter]
+        return LayerFunctions(*PRUNERS[nn.Parameter])
     if isinstance(module, _ConvNd) and module.groups > 1 and module.groups == module.in_channels == module.out_channels:
-        return _DEPTHWISE
-    return next((PRUNERS[kind] for kind in type(module).__mro__ if kind in PRUNERS), None)
+        return LayerFunctions(*_DEPTHWISE)
+    return next((LayerFunctions(*PRUNERS[kind]) for kind in type(module).__mro__ if kind in PRUNERS), None)
 
 
 def is_out_channel_fn(fn: PruningFn) -> bool:

@@ -148,11 +148,11 @@ def _prune_prelu(edit: Edit[nn.PReLU], idxs: Indices) -> nn.PReLU:
     return edit.commit()
 
 
-def prune_parameter_out_channels(parameter: TensorT, idxs: Indices, inplace: bool = True, *, dim: int = -1) -> TensorT:
+def prune_parameter_out_channels(tensor: TensorT, idxs: Indices, inplace: bool = True, *, dim: int = -1) -> TensorT:
     """Remove positions of one dimension of a bare parameter, in place; dependencies are the caller's.
 
     Args:
-        parameter: An `nn.Parameter`, or any tensor that is a leaf.
+        tensor: An `nn.Parameter`, or any tensor that is a leaf.
         idxs: Positions to remove, each in `[0, parameter.shape[dim])`.
         inplace: Change `parameter` itself (default), which keeps its identity, or a copy of it.
         dim: The dimension to cut; the last by default.
@@ -167,12 +167,12 @@ def prune_parameter_out_channels(parameter: TensorT, idxs: Indices, inplace: boo
         >>> prune_parameter_out_channels(nn.Parameter(torch.zeros(1, 5, 8)), [0, 7]).shape
         torch.Size([1, 5, 6])
     """
-    return _prune_parameter(parameter, idxs, inplace, dim, "prune_parameter_out_channels")
+    return _prune_parameter(tensor, idxs, inplace, dim, "prune_parameter_out_channels")
 
 
-def prune_parameter_in_channels(parameter: TensorT, idxs: Indices, inplace: bool = True, *, dim: int = -1) -> TensorT:
+def prune_parameter_in_channels(tensor: TensorT, idxs: Indices, inplace: bool = True, *, dim: int = -1) -> TensorT:
     """Remove positions of a bare parameter, in place: the same as `prune_parameter_out_channels`."""
-    return _prune_parameter(parameter, idxs, inplace, dim, "prune_parameter_in_channels")
+    return _prune_parameter(tensor, idxs, inplace, dim, "prune_parameter_in_channels")
 
 
 def _prune_parameter(parameter: TensorT, idxs: Indices, inplace: bool, dim: int, caller: str) -> TensorT:

@@ -39,11 +39,13 @@ class Member:
 
 def members_of(coupling: Coupling, alive: NDArray[np.bool_], group: UnitGroup, units: Ids) -> list[Member]:
     """The members of ``units`` (all of ``group``), with positions as the tensors are after earlier cuts."""
-    rows = np.searchsorted(group.units, units)
+    same = np.array_equal(units, group.units)
+    rows = None if same else np.searchsorted(group.units, units)
     found = []
     for part in group.slices:
         held = coupling.trace.held[part.held]
-        index = current_positions(held, part.dim, alive, part.positions[rows])
+        positions = part.positions if rows is None else part.positions[rows]
+        index = current_positions(held, part.dim, alive, positions)
         owner = submodule(coupling.trace.model, held.places[0].module)
         tensor = held.tensor if held.places[0].kind == "channels" else getattr(owner, held.places[0].name)
         reads = (part.held, part.dim) in coupling.consumers
@@ -54,5 +56,8 @@ def members_of(coupling: Coupling, alive: NDArray[np.bool_], group: UnitGroup, u
 def current_positions(held: Held, dim: int, alive: NDArray[np.bool_], positions: Ids | Sequence[int]) -> Ids:
     """Where positions of the traced tensor are now."""
     start = held.starts[dim]
-    rank: Ids = np.cumsum(alive[start : start + held.shape[dim]]) - 1
+    living = alive[start : start + held.shape[dim]]
+    if living.all():
+        return np.asarray(positions)
+    rank: Ids = np.cumsum(living) - 1
     return rank[np.asarray(positions)]

@@ -5,14 +5,55 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
-from prunus.errors import NothingToPruneError
+from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
 from prunus.heads import Offer
+from prunus.hints import Frozen
 from prunus.report import frozen_text
 from prunus.sizes import Fact
 from prunus.tracing import ForwardFn, Inputs
+
+
+def model_in(model: Any) -> nn.Module:
+    """The model itself, where `torch.compile` wraps it.
+
+    Raises:
+        InputError: it is no module.
+        NothingToPruneError: it has no parameters.
+    """
+    if not isinstance(model, nn.Module):
+        raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
+    whole: nn.Module = getattr(model, "_orig_mod", model)
+    if next(whole.parameters(), None) is None:
+        raise NothingToPruneError(f"this {type(whole).__name__} has no parameters, so nothing can be removed")
+    return whole
+
+
+def listed(layers: Any) -> tuple[Any, ...]:
+    """Ignored layers as a tuple; one alone is understood."""
+    if layers is None:
+        return ()
+    if isinstance(layers, (str, type, nn.Module, torch.Tensor, Frozen)):
+        return (layers,)
+    if not isinstance(layers, Iterable):
+        raise InputError(f"ignored_layers={layers!r}: pass a list of modules, names, name patterns or types")
+    return tuple(layers)
+
+
+def types_of(given: Any) -> tuple[type, ...]:
+    """Types of modules as a tuple; one alone is understood.
+
+    Raises:
+        InputError: something is no type.
+    """
+    found = (given,) if isinstance(given, type) else tuple(given) if isinstance(given, Iterable) else (given,)
+    wrong = [one for one in found if not isinstance(one, type)]
+    if wrong:
+        raise InputError(f"root_module_types holds {wrong[0]!r}: pass types of modules, such as torch.nn.Linear")
+    return found
 
 
 def graph_of(  # noqa: PLR0913 - what the faces have in common
@@ -42,15 +83,16 @@ def graph_of(  # noqa: PLR0913 - what the faces have in common
 
     Raises:
         InputError: the model cannot run on the inputs, or an ignored layer is not part of it.
+        NothingToPruneError: the model has no parameters.
     """
     graph = DependencyGraph().build_dependency(
-        model,
+        model_in(model),
         example_inputs,
         forward_fn,
         output_transform,
         unwrapped_parameters,
         customized_pruners,
-        tuple(ignored_layers or ()),
+        listed(ignored_layers),
         device=device,
     )
     graph.facts = tuple(facts)
@@ -68,4 +110,4 @@ def something(graph: DependencyGraph, found: Offer) -> Offer:
     return found
 
 
-__all__ = ["graph_of", "something"]
+__all__ = ["graph_of", "listed", "model_in", "something", "types_of"]

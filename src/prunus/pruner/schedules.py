@@ -12,14 +12,14 @@ Schedule = Callable[[float, int], Sequence[float]]
 """``(ratio, steps) -> shares gone after 0, 1, ... steps``."""
 
 
-def linear_scheduler(ratio: float, steps: int) -> list[float]:
+def linear_scheduler(pruning_ratio: float, steps: int) -> list[float]:
     """The share grows by the same amount in every step: ``[0, ratio / steps, ..., ratio]``.
 
     Example:
         >>> linear_scheduler(0.5, 5)
         [0.0, 0.1, 0.2, 0.3, 0.4, 0.5]
     """
-    return [ratio * k / steps for k in range(steps + 1)]
+    return [pruning_ratio * k / steps for k in range(steps + 1)]
 
 
 def cosine_scheduler(ratio: float, steps: int) -> list[float]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import isfinite
+from numbers import Integral, Real
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -89,7 +90,7 @@ def check_share(name: str, value: Any, most: str = "below 1", what: str = "the s
     Raises:
         InputError: it is none.
     """
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and isfinite(value)
+    number = not isinstance(value, bool) and isinstance(value, Real) and isfinite(value)
     if most == "below 1":
         if not number or not 0 <= value < 1:
             raise InputError(f"{name}={value!r}: {what} must be at least 0 and below 1")
@@ -103,8 +104,19 @@ def check_count(name: str, value: Any) -> None:
     Raises:
         InputError: it is none.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise InputError(f"{name}={value!r}: must be a whole number and at least 1")
+
+
+def by_layer(name: str, given: Any) -> dict[Any, Any]:
+    """A caller's dictionary from layers to values (None: nothing), as a copy.
+
+    Raises:
+        InputError: it is none.
+    """
+    if given is not None and not isinstance(given, Mapping):
+        raise InputError(f"{name} is a {type(given).__name__}: pass a dict from layers to values")
+    return dict(given or {})
 
 
 def called(name: str, key: Any) -> str:
@@ -127,7 +139,7 @@ class HeadShares:
     """
 
     def __init__(self, ratio: float, by_module: Mapping[Any, float] | None) -> None:
-        self.ratio, self.by_module = ratio, dict(by_module or {})
+        self.ratio, self.by_module = ratio, by_layer("head_pruning_ratio_dict", by_module)
         check_share("head_pruning_ratio", ratio, what="the share of heads to remove")
         for key, value in self.by_module.items():
             check_share(called("head_pruning_ratio_dict", key), value, what="the share of heads to remove")
@@ -208,6 +220,7 @@ __all__ = [
     "ByLayer",
     "Entry",
     "HeadShares",
+    "by_layer",
     "called",
     "check_count",
     "check_share",

@@ -10,15 +10,32 @@ import numpy as np
 import torch
 
 from prunus.coupling import Coupling, Family, UnitGroup
-from prunus.errors import InputError
+from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
 from prunus.group import Group
 from prunus.heads import Offer
+from prunus.importance import MagnitudeImportance
 from prunus.pruner.scopes import root_of
 from prunus.selection import Scores, score_units
 
 Criterion = Callable[[Any], "torch.Tensor | None"]
 """``group -> one score for each unit``, or None: leave this group alone."""
+
+
+def criterion_of(importance: Any) -> Criterion:
+    """The caller's criterion, or the default one.
+
+    Raises:
+        InputError: it cannot be called with a group.
+    """
+    if importance is None:
+        return MagnitudeImportance()
+    if isinstance(importance, type):
+        raise InputError(f"importance={importance.__name__} is a class: pass one of its kind, {importance.__name__}()")
+    if not callable(importance):
+        raise InputError(f"importance={importance!r}: pass a criterion, called with a group, that gives scores")
+    found: Criterion = importance
+    return found
 
 
 def score_with(
@@ -47,12 +64,29 @@ def score_with(
             raise
         if found is None:
             return None
-        if found.shape != (len(left),):
-            raise InputError(f"the importance returned shape {tuple(found.shape)} for a group of {len(left)} units")
-        scores[torch.from_numpy(living[group.units])] = found.float().cpu()
+        _check_scores(found, len(left), root.node.name)
+        scores[torch.from_numpy(living[group.units])] = found.detach().float().cpu()
         return scores
 
     return score
+
+
+def _check_scores(found: Any, count: int, layer: str) -> None:
+    """Refuse what is no score for each unit.
+
+    Raises:
+        InputError: it is none.
+    """
+    where = f"for the group of {layer}, which has {count} units"
+    if not isinstance(found, torch.Tensor):
+        raise InputError(f"the importance returned a {type(found).__name__} {where}: return a tensor of as many scores")
+    if found.shape != (count,):
+        raise InputError(f"the importance returned shape {tuple(found.shape)} {where}: return one score for each")
+    if found.is_complex() or found.is_meta:
+        kind = "complex numbers" if found.is_complex() else "scores without values (meta)"
+        raise InputError(f"the importance returned {kind} {where}: return real ones")
+    if bool(found.isnan().any()):
+        raise InputError(f"the importance returned NaN {where}: check weights, gradients and data for NaN")
 
 
 def _scores(graph: DependencyGraph, coupling: Coupling, families: Sequence[Family], importance: Criterion) -> Scores:
@@ -73,4 +107,15 @@ def score_offer(graph: DependencyGraph, found: Offer, importance: Criterion) -> 
     return replace(found, rows=rows, families=families), of_rows, scores
 
 
-__all__ = ["Criterion", "score_offer", "score_with"]
+def some_scored(scored: tuple[Offer, Scores, Scores]) -> tuple[Offer, Scores, Scores]:
+    """What :func:`score_offer` gave, if it is anything.
+
+    Raises:
+        NothingToPruneError: the criterion left all families alone.
+    """
+    if not scored[0]:
+        raise NothingToPruneError("the importance returned None for every group: it leaves all of them alone")
+    return scored
+
+
+__all__ = ["Criterion", "criterion_of", "score_offer", "score_with", "some_scored"]

@@ -25,14 +25,13 @@ from prunus.heads import (
     positions_to_go,
     rows_to_go,
 )
-from prunus.importance import MagnitudeImportance
 from prunus.labels import Ids
 from prunus.plan import Plan
 from prunus.pruner import scopes
-from prunus.pruner.beginning import graph_of, something
+from prunus.pruner.beginning import graph_of, listed, model_in, something, types_of
 from prunus.pruner.schedules import Schedule, linear_scheduler
-from prunus.pruner.scopes import ByLayer, HeadShares, check_share, counts_of, makers
-from prunus.pruner.scoring import Criterion, score_offer
+from prunus.pruner.scopes import ByLayer, HeadShares, by_layer, check_share, counts_of, makers
+from prunus.pruner.scoring import Criterion, criterion_of, score_offer
 from prunus.pruner.training import Penalties
 from prunus.pruner.wishes import Wishes
 from prunus.regularize import Regularizer
@@ -137,28 +136,30 @@ class BasePruner:
         regularizer: Regularizer | Sequence[Regularizer] | None = None,
     ) -> None:
         self.model = model
-        self.importance = MagnitudeImportance() if importance is None else importance
-        if not callable(self.importance):
-            raise InputError(f"importance={importance!r}: pass a criterion, called with a group, that gives scores")
+        self.importance = criterion_of(importance)
         self.global_pruning, self.isomorphic = global_pruning, isomorphic
         self.pruning_ratio = pruning_ratio if ch_sparsity is None else ch_sparsity
         self.max_pruning_ratio, self.round_to = max_pruning_ratio, round_to
         self.iterative_steps, self.current_step = iterative_steps, 0
-        self.root_module_types = tuple(root_module_types)
-        self.ignored_layers = list(ignored_layers or ())
+        self.root_module_types = types_of(root_module_types)
+        self.ignored_layers = list(listed(ignored_layers))
         self.num_heads = dict(num_heads or {})
         self.prune_num_heads, self.prune_head_dims = prune_num_heads, prune_head_dims
         self.head_pruning_ratio, self.head_pruning_ratio_dict = head_pruning_ratio, dict(head_pruning_ratio_dict or {})
-        self.pruning_ratio_dict = {**(ch_sparsity_dict or {}), **(pruning_ratio_dict or {})}
+        self.pruning_ratio_dict = {
+            **by_layer("ch_sparsity_dict", ch_sparsity_dict),
+            **by_layer("pruning_ratio_dict", pruning_ratio_dict),
+        }
+        check_share("pruning_ratio", self.pruning_ratio)
         self.iterative_pruning_ratio_scheduler = iterative_pruning_ratio_scheduler
         self._heads = HeadShares(head_pruning_ratio, head_pruning_ratio_dict)
-        whole = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+        whole = model_in(model)
         self._wishes = Wishes(
             whole,
             ratio=self.pruning_ratio,
             ratios=self.pruning_ratio_dict,
             cap=max_pruning_ratio,
-            caps=max_pruning_ratio_dict or {},
+            caps=max_pruning_ratio_dict,
             min_width=min_width,
             heads=self._heads,
             global_pruning=global_pruning,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from prunus.coupling import Coupling, Family
+from prunus.errors import InputError
 from prunus.graph import DependencyGraph
 from prunus.group import Group
 from prunus.heads import Offer
@@ -24,6 +25,9 @@ class Penalties:
         self._graph, self._offer = graph, found
         chosen = regularizers if isinstance(regularizers, Sequence) else (regularizers,)
         self.regularizers: list[Regularizer] = [one for one in chosen if one is not None]
+        for one in self.regularizers:
+            if isinstance(one, type) or not hasattr(one, "gradients") or not hasattr(one, "update"):
+                raise InputError(f"regularizer={one!r}: pass one of prunus.regularize, with update() and gradients()")
         self._known: tuple[Any, list[Group]] = None, []
 
     @property

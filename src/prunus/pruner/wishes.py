@@ -12,7 +12,7 @@ from prunus.coupling import Coupling, Family
 from prunus.graph import DependencyGraph
 from prunus.heads import Offer, positions_of
 from prunus.pruner.schedules import Schedule, linear_scheduler, shares_of
-from prunus.pruner.scopes import ByLayer, HeadShares, called, check_count, check_share, form, makers
+from prunus.pruner.scopes import ByLayer, HeadShares, by_layer, called, check_count, check_share, form, makers
 from prunus.selection import Policy
 
 
@@ -41,9 +41,9 @@ class Wishes:
         model: nn.Module,
         *,
         ratio: float | None,
-        ratios: Mapping[Any, float],
+        ratios: Mapping[Any, float] | None,
         cap: float,
-        caps: Mapping[Any, float],
+        caps: Mapping[Any, float] | None,
         min_width: int | Mapping[Any, int],
         heads: HeadShares,
         global_pruning: bool,
@@ -55,6 +55,7 @@ class Wishes:
         if ratio is not None:
             check_share("pruning_ratio", ratio)
         check_share("max_pruning_ratio", cap, "at most 1")
+        ratios, caps = by_layer("pruning_ratio_dict", ratios), by_layer("max_pruning_ratio_dict", caps)
         for key, share in ratios.items():
             check_share(called("pruning_ratio_dict", key), share)
         for key, share in caps.items():

@@ -1,6 +1,7 @@
 """Names that users of structured pruning import from ``utils``: counting, timing, printing, drawing."""
 
 from prunus.cost import count_ops_and_params, count_params
+from prunus.ops import module2type
 from prunus.tracing import tensors_in as _tensors_in
 from prunus.utils import benchmark, print_tool
 from prunus.utils.drawing import draw_computational_graph, draw_dependency_graph, draw_groups
@@ -25,5 +26,6 @@ __all__ = [
     "draw_dependency_graph",
     "draw_groups",
     "flatten_as_list",
+    "module2type",
     "print_tool",
 ]
