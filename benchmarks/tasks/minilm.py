@@ -108,4 +108,4 @@ def minilm(seed: int, cache: Path, samples: int = 768) -> Task:
     options = {"prune_num_heads": True, "prune_head_dims": False}
     name = "all-MiniLM-L6-v2 (mean cosine)"
     others = {"options": options, "theirs": theirs, "finish": finish}
-    return Task(name, model, example, calibration, loss, score, tune, (1e-4, 3e-4), keep, **others)
+    return Task(name, model, example, calibration, loss, score, tune, (5e-5, 3e-4), keep, **others)

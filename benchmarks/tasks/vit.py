@@ -47,4 +47,4 @@ def vit(seed: int, cache: Path) -> Task:
 
     model = trained(cache / f"vit-{seed}.pt", transformer(), train)
     others = {"options": {"prune_num_heads": True, "prune_head_dims": False}, "theirs": theirs, "finish": finish}
-    return on_digits("digits ViT", model, data, (5e-4, 2e-3), True, keep=keep, **others)
+    return on_digits("digits ViT", model, data, (2e-4, 2e-3), True, keep=keep, **others)

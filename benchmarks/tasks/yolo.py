@@ -125,7 +125,7 @@ def yolo(seed: int, cache: Path) -> Task:
         loss=lambda m: sum((loss(m, b) for b in itertools.islice(batches, 4)), torch.zeros(())),
         score=score,
         tune=lambda m, rate: fit(m, loss, batches, TUNING, rate),
-        rates=(1e-3, 3e-3),
+        rates=(3e-4, 3e-3),
         keep=keep,
         options={"forward_fn": without_features},
         prepare=halved,
