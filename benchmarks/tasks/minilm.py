@@ -102,7 +102,7 @@ def minilm(seed: int, cache: Path, samples: int = 768) -> Task:
     def finish(network: Any, pruner: Any) -> None:
         for layer in network.inner.encoder.layer:
             own = layer.attention.self
-            own.num_attention_heads = pruner.num_heads[own.query]
+            own.num_attention_heads = pruner.num_heads[own.query] or 12  # where it says 0 it left the layer whole
             own.all_head_size = own.query.out_features
 
     options = {"prune_num_heads": True, "prune_head_dims": False}

@@ -41,7 +41,7 @@ def vit(seed: int, cache: Path) -> Task:
     def finish(network: Any, pruner: Any) -> None:
         for block in network.blocks:
             own = block.attn
-            own.num_heads = pruner.num_heads[own.qkv]
+            own.num_heads = pruner.num_heads[own.qkv] or HEADS  # where it says 0 it left the layer whole
             own.attn_dim = own.qkv.out_features // 3
             own.head_dim = own.attn_dim // own.num_heads
 
