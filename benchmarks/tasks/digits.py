@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.task import Task
+from tasks.task import Task, fit, right_answers, trained
 
-TRAINING, TEST, EPOCHS = 1_097, 700, 28
+TRAINING, TEST, SAMPLES, EPOCHS = 1_097, 700, 400, 28
 
 
 class Block(nn.Module):
@@ -65,8 +68,29 @@ def disturbed(images: Tensor, generator: torch.Generator) -> Tensor:
     return moved + 0.35 * torch.randn(images.shape, generator=generator)
 
 
-def _data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Training images and labels, test images and labels."""
+@dataclass(frozen=True)
+class Digits:
+    """Training images and labels, test images and labels, and an order that goes with the seed."""
+
+    images: Tensor
+    labels: Tensor
+    test: Tensor
+    truth: Tensor
+    seed: int
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Disturbed training images with labels, 128 at a time, without end."""
+        generator = torch.Generator().manual_seed(seed)
+        while True:
+            for part in torch.randperm(len(self.images), generator=generator).split(128):
+                yield disturbed(self.images[part], generator), self.labels[part]
+
+
+STEPS = -(-TRAINING // 128)  # of an epoch
+
+
+def read(seed: int) -> Digits:
+    """The data set, enlarged to 16 x 16."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -76,51 +100,38 @@ def _data(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
     train, test = order[:TRAINING], order[TRAINING : TRAINING + TEST].repeat(2)
     fixed = disturbed(images[test], torch.Generator().manual_seed(1_000))
-    return images[train], labels[train], fixed, labels[test]
+    return Digits(images[train], labels[train], fixed, labels[test], seed)
 
 
-def _train(model: nn.Module, images: Tensor, labels: Tensor, seed: int, epochs: int, rate: float) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    steps = epochs * -(-len(images) // 128)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
-    model.train()
-    for _ in range(epochs):
-        order = torch.randperm(len(images), generator=generator)
-        for part in order.split(128):
-            loss = F.cross_entropy(model(disturbed(images[part], generator)), labels[part])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    model.eval()
+def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+    """Of images and labels."""
+    return F.cross_entropy(model(batch[0]), batch[1])
 
 
-def digits(seed: int, cache: Path, samples: int = 400) -> Task:
-    """The trained network (kept in ``cache``) with 400 disturbed training images to calibrate on."""
-    images, labels, test, truth = _data(seed)
-    torch.manual_seed(seed)
-    model = ResNet20()
-    file = cache / f"digits-{seed}.pt"
-    if file.exists():
-        model.load_state_dict(torch.load(file, weights_only=True))
-    else:
-        _train(model, images, labels, seed, EPOCHS, 0.1)
-        cache.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), file)
-    model.eval()
-    generator = torch.Generator().manual_seed(2_000 + seed)
+def on_digits(name: str, model: nn.Module, data: Digits, rates: tuple[float, ...], adam: bool, **others: Any) -> Task:
+    """A task of a trained network: 400 disturbed images to calibrate on, 4 epochs to fine-tune."""
+    generator = torch.Generator().manual_seed(2_000 + data.seed)
     picked = torch.randperm(TRAINING, generator=generator)
-    calibration = list(disturbed(images[picked[:samples]], generator).split(50))
-    labelled = disturbed(images[picked], generator), labels[picked]
+    calibration = list(disturbed(data.images[picked[:SAMPLES]], generator).split(50))
+    labelled = disturbed(data.images[picked], generator), data.labels[picked]
+    test = [((x,), y) for x, y in zip(data.test.split(350), data.truth.split(350), strict=True)]
 
-    def score(network: nn.Module) -> float:
-        network.eval()
-        with torch.no_grad():
-            answers = torch.cat([network(part).argmax(1) for part in test.split(350)])
-        return 100 * float((answers == truth).float().mean())
+    def tune(network: nn.Module, rate: float) -> None:
+        fit(network, cross_entropy, data.batches(3_000 + data.seed), 4 * STEPS, rate, adam)
 
     def loss(network: nn.Module) -> Tensor:
-        return F.cross_entropy(network(labelled[0]), labelled[1])
+        return cross_entropy(network, labelled)
 
-    return Task("digits ResNet-20", model, test[:1], calibration, loss, score, lambda m: [m.get_submodule("head")])
+    return Task(name, model, data.test[:1], calibration, loss, right_answers(test), tune, rates, **others)
+
+
+def digits(seed: int, cache: Path) -> Task:
+    """The ResNet-20; all streams may be cut."""
+    data = read(seed)
+    torch.manual_seed(seed)
+
+    def train(network: nn.Module) -> None:
+        fit(network, cross_entropy, data.batches(seed), EPOCHS * STEPS, 0.1, adam=False)
+
+    model = trained(cache / f"digits-{seed}.pt", ResNet20(), train)
+    return on_digits("digits ResNet-20", model, data, (0.01, 0.05), False, keep=lambda m: [m.get_submodule("head")])

@@ -1,0 +1,132 @@
+"""How the networks of a task are cut: by Torch-Pruning, with its ratio found by bisection, and by Prunus."""
+
+from __future__ import annotations
+
+import copy
+import signal
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+import prunus
+from prunus.cost import count
+from prunus.tracing import call_model
+from tasks.task import Task
+
+THEIRS = ("Torch-Pruning L2, local", "Torch-Pruning L2, global", "Torch-Pruning Taylor, global")
+OURS = ("Prunus",)
+NEAR, ROUNDS, SECONDS = 0.99, 10, 240
+"""Torch-Pruning's ratio is right when its network has this share of the allowed operations; how often, long to try."""
+
+
+class Cannot(Exception):
+    """Torch-Pruning does not do a task; the message says why."""
+
+
+def ours(task: Task, share: float, way: str) -> tuple[nn.Module, nn.Module, prunus.RepairReport]:
+    """A network with ``share`` of the multiply-adds, as the cut left it and repaired."""
+    model, repaired = copy.deepcopy(task.model), copy.deepcopy(task.model)
+    plan = prunus.prune(
+        *(model, task.example, prunus.Target(macs=share)), ignored_layers=task.keep(model), **task.options
+    ).plan
+    run = task.options.get("forward_fn")
+    report = prunus.repair(repaired, plan, task.calibration, samples=100_000, forward_fn=run)
+    return model, repaired, report
+
+
+def theirs(task: Task, share: float, way: str) -> nn.Module:
+    """Torch-Pruning's network with at most ``share`` of the multiply-adds.
+
+    Raises:
+        Cannot: it crashes, takes too long, or does not get there.
+    """
+    importance, ranking = way.removeprefix("Torch-Pruning ").split(", ")
+    dense, low, high = count(task.model, task.example).macs, 0.0, 1.0
+    best, reason = None, "its smallest network is larger"
+    with _limit(SECONDS):
+        for _ in range(ROUNDS):
+            middle = (low + high) / 2
+            try:
+                model = _cut(task, middle, importance, ranking)
+                found = count(model, task.example).macs / (share * dense)
+            except TimeoutError as error:
+                raise Cannot(str(error)) from error
+            except Exception as error:  # whatever a library raises about a network that it does not know
+                high, reason = middle, _told(error)
+                continue
+            if found > 1:
+                low = middle
+                continue
+            high, best = middle, model
+            if found >= NEAR:
+                break
+    if best is None:
+        raise Cannot(reason)
+    return best
+
+
+def _told(error: Exception) -> str:
+    """An error in a line; where it says nothing, the line that raised it."""
+    text = str(error).partition("\n")[0] or str(traceback.extract_tb(error.__traceback__)[-1].line)
+    return f"{type(error).__name__}: {text}"[:120]
+
+
+def _cut(task: Task, ratio: float, importance: str, ranking: str) -> nn.Module:
+    import torch_pruning as tp
+
+    model = task.prepare(copy.deepcopy(task.model))
+    taylor = importance == "Taylor"
+    score = tp.importance.GroupTaylorImportance() if taylor else tp.importance.GroupMagnitudeImportance(p=2)
+    if taylor:
+        task.loss(model).backward()
+    pruner = tp.pruner.BasePruner(
+        *(model, task.example),
+        importance=score,
+        global_pruning=ranking == "global",
+        pruning_ratio=ratio,
+        ignored_layers=task.keep(model),
+        **task.theirs(model, ratio),
+    )
+    pruner.step()
+    task.finish(model, pruner)
+    model.zero_grad()
+    return model.eval()
+
+
+@contextmanager
+def _limit(seconds: int) -> Iterator[None]:
+    """Raise TimeoutError in what runs longer."""
+
+    def stop(number: int, frame: Any) -> None:
+        raise TimeoutError(f"not done after {seconds} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def has_norms(model: nn.Module) -> bool:
+    """Whether there are statistics to compute anew."""
+    return any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in model.modules())
+
+
+def renormed(model: nn.Module, batches: Sequence[Any]) -> nn.Module:
+    """A copy whose batch norms hold the exact averages over the batches."""
+    model = copy.deepcopy(model)
+    for norm in model.modules():
+        if isinstance(norm, nn.modules.batchnorm._BatchNorm):
+            norm.reset_running_stats()
+            norm.momentum = None
+            norm.train()
+    with torch.no_grad():
+        for batch in batches:
+            call_model(model, batch)
+    return model.eval()
