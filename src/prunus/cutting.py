@@ -74,11 +74,9 @@ class Order:
         return "greedy" if getattr(criterion, "comparable", False) and not self.isomorphic else "uniform"
 
     def in_round(self, k: int, dense: Mapping[str, float]) -> Target:
-        """The target of round ``k``: every round takes the same share of what the one before it left."""
-        if k == self.rounds:
+        """The target of round ``k`` in numbers: every round takes the same share of what the one before it left."""
+        if self.rounds == 1 or self.target.ratio is not None:  # shares are for the policy to say
             return self.target
-        if self.target.ratio is not None:
-            return Target(ratio=1 - (1 - self.target.ratio) ** (k / self.rounds))
         limits = self.target.limits(dense)
         return Target(**{n: int(dense[n] * (most / dense[n]) ** (k / self.rounds)) for n, most in limits.items()})
 
@@ -107,8 +105,8 @@ def carry_out(graph: DependencyGraph, order: Order, samples: Samples | None, opt
     done: list[Done] = []
     try:
         for k in range(1, order.rounds + 1):
-            target = _absolute(order.in_round(k, dense), dense) if order.rounds > 1 else order.target
-            job = _Round(graph, replace(order, target=target), samples, partial(_plan_of, graph, started, gone))
+            target = order.in_round(k, dense)
+            job = _Round(graph, replace(order, target=target), k, samples, partial(_plan_of, graph, started, gone))
             units, budget, note = job.chosen()
             if not units.size and k < order.rounds:
                 continue
@@ -152,17 +150,13 @@ def _dense(graph: DependencyGraph, order: Order) -> dict[str, float]:
     return {"macs": float(cost.macs), "params": float(cost.params), "memory": memory}
 
 
-def _absolute(target: Target, dense: Mapping[str, float]) -> Target:
-    """The target in numbers, for a model that may be smaller than the dense one by now."""
-    return target if target.ratio is not None else Target(**{n: int(v) for n, v in target.limits(dense).items()})
-
-
 @dataclass(frozen=True)
 class _Round:
-    """One round. ``plan_of`` gives the plan from the dense model to the present one without some units."""
+    """Round ``number``. ``plan_of`` gives the plan from the dense model to the present one without some units."""
 
     graph: DependencyGraph
     order: Order
+    number: int
     samples: Samples | None
     plan_of: Callable[[Ids], Plan]
 
@@ -173,7 +167,7 @@ class _Round:
         criterion, note = self._criterion()
         scored = some_scored(score_offer(graph, found, criterion))
         rules = order.wishes.rules(graph, scored[0])
-        policy = order.wishes.policy(rules, 1)
+        policy = order.wishes.policy(rules, self.number)
         allocation = order.spread(criterion)
         if order.target.ratio is not None:
             return choose_offered(scored[0], scored[1:], graph.alive, policy), None, note

@@ -18,6 +18,7 @@ from prunus.heads import offer
 from prunus.plan import Alive, Footprint, Plan
 from prunus.pruner import Criterion, HeadShares
 from prunus.pruner.beginning import graph_of, model_in, something
+from prunus.pruner.schedules import exponential_scheduler
 from prunus.pruner.scopes import check_count
 from prunus.pruner.scoring import criterion_of
 from prunus.pruner.wishes import Wishes
@@ -188,6 +189,8 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
             global_pruning=global_pruning,
             isomorphic=isomorphic,
             round_to=round_to,
+            schedule=exponential_scheduler,
+            steps=rounds,
         ),
         allocation,
         global_pruning,
