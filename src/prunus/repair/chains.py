@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from prunus.modes import tensors_among
+from prunus.repair.crowd import Alive
 from prunus.repair.sites import arguments
 from prunus.repair.watch import Key, Use
 
@@ -79,6 +80,8 @@ class Recorder:
     readers: dict[int, list[int]] = field(default_factory=dict)
     other_readers: dict[str, str] = field(default_factory=dict)  # parameter -> op that multiplies by it, but is no use
     find: Callable[[Tensor], Any] = lambda tensor: None
+    held: list[int] = field(default_factory=list)  # for each step: bytes of activations that are there after it
+    alive: Alive = field(default_factory=Alive)
 
     def after(self, step: int, func: Any, args: Any, kwargs: Any, result: Any, use: Use | None) -> None:
         """Note an op."""
@@ -95,9 +98,14 @@ class Recorder:
         self.steps.append(_Step(name, tuple(inputs), tuple(t.shape for t in tensors_among(args)), inverse, norm))
         for tensor in tensors_among((result,)):
             setattr(tensor, MARK, step)
+        self.held.append(self.alive.note(tensors_among((*args, *kwargs.values())), tensors_among((result,))))
         if use is not None:
             self.uses[use.key] = _light(use)
             self.sizes[use.key] = result.shape
+
+    def held_at_norms(self) -> list[int]:
+        """Bytes of activations at each batch norm that uses its running statistics."""
+        return [n for step, n in zip(self.steps, self.held, strict=True) if step.norm is not None]
 
     def chain(self, key: Key) -> Chain:
         """What becomes of the output of a use."""
