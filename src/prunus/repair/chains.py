@@ -9,7 +9,7 @@ operand is there before the multiplication runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from prunus.modes import tensors_among
 from prunus.repair.crowd import Alive
+from prunus.repair.recurrent import Gates
 from prunus.repair.sites import arguments
 from prunus.repair.watch import Key, Use
 
@@ -79,6 +80,7 @@ class Recorder:
     steps: list[_Step] = field(default_factory=list)
     readers: dict[int, list[int]] = field(default_factory=dict)
     other_readers: dict[str, str] = field(default_factory=dict)  # parameter -> op that multiplies by it, but is no use
+    look_ups: dict[str, str] = field(default_factory=dict)  # parameter -> op that picks rows of it
     find: Callable[[Tensor], Any] = lambda tensor: None
     held: list[int] = field(default_factory=list)  # for each step: bytes of activations that are there after it
     alive: Alive = field(default_factory=Alive)
@@ -92,6 +94,8 @@ class Recorder:
             if origin is not None:
                 inputs.append(origin)
                 self.readers.setdefault(origin, []).append(step)
+            elif use is None and name in _LOOK_UP and (found := self.find(tensor)) is not None:
+                self.look_ups.setdefault(found[0], name)
             elif use is None and name in _MULTIPLY and (found := self.find(tensor)) is not None:
                 self.other_readers.setdefault(found[0], name)
         inverse, norm = _inverse_of(name, func, args, kwargs, result) if inputs else (None, None)
@@ -132,9 +136,14 @@ class Recorder:
 def _light(use: Use) -> Use:
     """The use without the activations that it read."""
     call = use.call
-    x = torch.empty(call.x.shape, dtype=call.x.dtype, device="meta")
-    bare = {**vars(call), "x": x}
-    return Use(use.key, type(call)(**bare), use.region, use.bias, use.step)
+    bare = replace(call, x=_meta(call.x))
+    if isinstance(bare, Gates) and bare.beside is not None:
+        bare = replace(bare, beside=replace(bare.beside, x=_meta(bare.beside.x)))
+    return replace(use, call=bare)
+
+
+def _meta(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
 
 
 def _same(x: Tensor) -> Tensor:
@@ -215,6 +224,7 @@ _VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "
 _KEEP = frozenset({"dropout", "dropout_", "contiguous", "clone", "detach", "alias", "to", "_to_copy", "slice"})
 _KEEP |= {"feature_dropout", "native_dropout"}
 _MOVES = frozenset({"permute", "transpose", "t", "movedim"})
+_LOOK_UP = frozenset({"embedding", "embedding_bag", "_embedding_bag", "index", "index_select", "gather"})
 _MULTIPLY = frozenset(
     {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 )

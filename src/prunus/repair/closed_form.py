@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 from typing import Any
 
@@ -59,7 +59,8 @@ def repair(  # noqa: PLR0913 - each keyword is a choice of the user
         loader: yields batches, each of them what the model is called with: a tensor, a tuple of positional arguments
             or a dict of keyword arguments. No labels are needed. One batch in five is held out (with fewer than five,
             a fifth of each).
-        input_fn: makes that of what the loader yields, such as ``lambda batch: batch[0]``.
+        input_fn: makes that of what the loader yields: ``lambda batch: batch[0]`` for batches of inputs and labels,
+            which :func:`prunus.calibrate` takes as they are.
         dense: the model as it was before the cut, if ``model`` was cut already.
         forward_fn: ``forward_fn(model, inputs)`` to use instead of calling the model.
         samples: batches are read until there are so many samples.
@@ -130,7 +131,8 @@ class _Work:
         except Exception as error:
             raise InputError(
                 f"the model cannot run on the data ({type(error).__name__}: {error}): call it with what input_fn "
-                "makes of a batch, in eval mode, to see where; if batches hold labels, pass input_fn=lambda b: b[0]"
+                "makes of a batch, in eval mode, to see where; a tuple is taken as positional arguments: if batches "
+                "hold labels too, pass input_fn=lambda batch: batch[0]"
             ) from error
         layers, before, after, accepted, norms, notes = found
         if accepted:
@@ -160,8 +162,8 @@ class _Work:
         judging = [k for k, b in enumerate(self.batches) if b.held is not False]
         both = {k: results[k] or (self._judged(self.dense, k), self._judged(copy, k)) for k in judging}
         dense_outs, outs = ({k: pair[j] for k, pair in both.items()} for j in (0, 1))
+        after = distance(dense_outs, outs) if not sweep.tied else self._untie(copy, sweep, dense_outs)
         layers = tuple(_layer(label, done) for label, done in sweep.done.items())
-        after = distance(dense_outs, outs)
         raw = {k: cut_out if k == judge else self._judged(self.model, k) for k in judging}
         before = distance(dense_outs, raw)
         restated = 0
@@ -174,6 +176,29 @@ class _Work:
                 "The outputs would have been no nearer to the dense model's: all weights are as the cut left them."
             )
         return layers, before, after if accepted else before, accepted, restated, tuple(notes)
+
+    def _untie(self, copy: nn.Module, sweep: Sweep, dense_outs: dict[int, list[Tensor]]) -> float | None:
+        """Where rows of a new weight are looked up too, what ran before it has changed: only the outputs can tell."""
+        parameters = dict(copy.named_parameters())
+
+        def error() -> float | None:
+            return distance(dense_outs, {k: self._judged(copy, k) for k in dense_outs})
+
+        after = error()
+        new = {name: parameters[name].clone() for name in sweep.tied}
+        with torch.no_grad():
+            for name, (_, old) in sweep.tied.items():
+                parameters[name].copy_(old)
+            before = error()
+            if after is not None and before is not None and after < before:
+                for name, weight in new.items():
+                    parameters[name].copy_(weight)
+                return after
+        for label, done in sweep.done.items():
+            if done.consumer.name in sweep.tied:
+                reason = f"{done.consumer.look_up} looks up rows of it too, and gets worse by others"
+                sweep.done[label] = replace(done, reason=reason)
+        return before
 
     def _norms(
         self, copy: nn.Module, dense_outs: dict[int, list[Tensor]], after: float | None, memory: tuple[list[int], int]

@@ -2,14 +2,15 @@
 
 All that wait hold their activations. Early layers have large maps, and a few samples give them all the rows that a fit
 needs; late layers have small ones, and need every sample. So batches join late: each runs through the layers that are
-solved already when the first layer that needs it is reached, and no pass is run twice for that.
+solved already when the first layer that needs it is reached, and no pass is run twice for that. Where maps grow again
+(decoders), batches leave.
 """
 
 from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import accumulate
@@ -39,7 +40,10 @@ class Place:
 
 
 def crowds(places: Sequence[Place], total: int, least: int, room: int) -> list[int]:
-    """How many of ``total`` batches wait at each place; the number rises, then it may fall, but never rises again.
+    """How many of ``total`` batches wait at each place.
+
+    Where it falls, batches leave; where it rises after that, they run once more from the beginning. All of that takes
+    no longer than running all batches once more.
 
     Args:
         places: in the order in which they are reached.
@@ -58,19 +62,17 @@ def crowds(places: Sequence[Place], total: int, least: int, room: int) -> list[i
         if place.same is not None:
             most[place.same] = max(n, most.get(place.same, 0))
     asked = [n if p.same is None else most[p.same] for p, n in zip(places, asked, strict=True)]
-    onward = [max(pair) for pair in zip(fit, _hill(asked, asked), strict=True)]
-    wanted = [max(pair) for pair in zip(asked, _back(onward, min), strict=True)]
-    borne = [max(a, 2 * b) for a, b in zip(wanted, fit, strict=True)]
-    return [min(total, n) for n in _hill(wanted, borne)]
-
-
-def _hill(rise: Sequence[int], fall: Sequence[int]) -> list[int]:
-    """The least that never falls before it reaches the top, above ``rise``, and never rises after, above ``fall``."""
-    return [min(pair) for pair in zip(accumulate(rise, max), _back(fall, max), strict=True)]
-
-
-def _back(numbers: Sequence[int], func: Callable[[int, int], int]) -> list[int]:
-    return list(accumulate(reversed(numbers), func))[::-1]
+    onward = list(accumulate(reversed(fit), min))[::-1]
+    found, here, highest, spare = [], 0, 0, total
+    for need, free, here_fit in zip(asked, onward, fit, strict=True):
+        here = min(here, max(need, 2 * here_fit))
+        more = min(total, max(need, free))
+        again = max(0, min(more, highest) - here)
+        if more > here and again <= spare:
+            here, spare = more, spare - again
+        highest = max(highest, here)
+        found.append(here)
+    return found
 
 
 @dataclass

@@ -71,17 +71,18 @@ def reestimate(model: nn.Module, batches: Sequence[Batch], run: Run, held: Seque
     with guarded():
         try:
             for nth, count in enumerate(crowds([Place(n) for n in held], len(batches), enough, room)):
-                lanes += [Lane(_runner(sharing(model), batch.inputs, run)) for batch in batches[len(lanes) : count]]
                 for lane in lanes[count:]:
                     lane.close()
-                for lane in lanes[:count]:
+                del lanes[count:]
+                lanes += [Lane(_runner(sharing(model), batch.inputs, run)) for batch in batches[len(lanes) : count]]
+                for lane in lanes:
                     while not lane.over and (lane.stop is None or lane.stop.nth < nth):
                         lane.advance()
+                    heap.tidy()
                 pairs = zip(batches, lanes, strict=False)
                 here = [(b, lane.stop) for b, lane in pairs if lane.stop is not None and lane.stop.nth == nth]
                 if here:
                     _set(here, seen)
-                heap.tidy()
             return len(seen)
         finally:
             for lane in lanes:
@@ -105,13 +106,13 @@ def _set(stops: Sequence[tuple[Batch, _At | None]], seen: dict[int, list[tuple[i
             continue
         n = at.x.shape[0]
         stay = n - held_share(n) if batch.held is None else n * (not batch.held)
-        x = at.x[:stay].movedim(1, 0)
-        mask = batch.mask if batch.mask is not None and batch.mask.shape == (n, *at.x.shape[2:]) else None
-        x = x.flatten(1) if mask is None else x[:, mask[:stay]]
-        if x.shape[1]:
+        x = at.x[:stay]
+        if batch.mask is not None and batch.mask.shape == (n, *x.shape[2:]):
+            x = x.movedim(1, -1)[batch.mask[:stay]]
+        if x.numel():
             x = x if x.dtype == torch.float64 else x.float()
-            mean = x.mean(1)
-            parts.append((x.shape[1], mean.double(), (x - mean.unsqueeze(1)).square().mean(1).double()))
+            var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+            parts.append((x.numel() // x.shape[1], mean.double(), var.double()))
     total = sum(n for n, _, _ in parts)
     if total < 2:
         return

@@ -22,6 +22,7 @@ from prunus.repair.crowd import Heap, Place, crowds
 from prunus.repair.judge import judged
 from prunus.repair.lanes import Lane
 from prunus.repair.moments import Sums
+from prunus.repair.recurrent import Gates
 from prunus.repair.ridge import Fit, refit
 from prunus.repair.samples import LANES, Batch, held_share, least
 from prunus.repair.sites import Call
@@ -67,7 +68,9 @@ class Sweep:
     places: Mapping[Key, Place]  # what one batch holds, and how many are needed
     room: int  # bytes that waiting batches may hold together
     done: dict[str, Refitted] = field(default_factory=dict)
+    tied: dict[str, tuple[Consumer, Tensor]] = field(default_factory=dict)  # looked up too: as they were
     _solved: set[Key] = field(default_factory=set)
+    _heap: Heap = field(default_factory=Heap)
 
     def over(self, consumers: Sequence[Consumer]) -> list[Any]:
         """Refit all consumers; what the lanes returned at the end, for each batch (dense, pruned)."""
@@ -93,11 +96,11 @@ class Sweep:
         stale = False
         with self._lanes(by_key) as pairs:
             sums: dict[int, _Sums] = {}
-            heap = Heap()
-            for (key, place), count in zip(order.items(), counts, strict=True):
+            for key, count in zip(order, counts, strict=True):
+                _leave(pairs, count)
                 self._join(pairs, by_key, count)
                 for _, _, pruned in pairs:
-                    _bring(pruned, key, order)
+                    self._bring(pruned, key, order)
                 here = [(b, d, p) for b, d, p in pairs if _at(p, key)]
                 consumer = by_key[key]
                 if here and (not stale or len(consumer.keys) > 1):
@@ -105,8 +108,6 @@ class Sweep:
                     stale = self._visit(state, consumer, key, here, order) or stale
                     if stale and restart:
                         return None
-                _leave(pairs, max(counts[place + 1 :], default=count))
-                heap.tidy()
             if stale:
                 return None
             for batch, *lanes in pairs:
@@ -138,7 +139,7 @@ class Sweep:
         """See to one call of a consumer, for which lanes wait; whether earlier calls should have run otherwise."""
         shares = tuple(sum(b.held is not other for b, _, _ in here) for other in (True, False))
         for batch, dense, pruned in here:
-            _bring(dense, key, order)
+            self._bring(dense, key, order)
             if _at(dense, key):
                 self._feed(sums, consumer, batch, dense, pruned, shares)
         if key != consumer.keys[-1]:
@@ -164,6 +165,12 @@ class Sweep:
             )
             pairs.append((batch, dense, pruned))
 
+    def _bring(self, lane: Lane[Stop], key: Key, order: Mapping[Key, int]) -> None:
+        """Let a lane go on until it is at ``key`` or past it."""
+        while not lane.over and (lane.stop is None or order[lane.stop.use.key] < order[key]):
+            lane.advance()
+        self._heap.tidy()
+
     def _feed(
         self,
         sums: _Sums,
@@ -186,6 +193,9 @@ class Sweep:
         if a.other is not None and b.other is not None and consumer.factor is None:
             others = _other(chains[0], a.other, target), _other(chains[1], b.other, None)
         kept = consumer.kept.to(target.device)
+        states = None if consumer.states is None else consumer.states.to(target.device)
+        if isinstance(call, Gates):
+            call = call.forced_by(a.use.call, states)
         rows = call.prepared()
         samples, each = call.positions(target)
         for held, picked in _picks(batch, samples, each, wanted(call), shares, target.device):
@@ -196,6 +206,8 @@ class Sweep:
                 if others is not None and others[0] is not None and others[1] is not None:
                     y = y + call.out_rows(others[0], part)[:, kept] - call.out_rows(others[1], part)
                     sums.corrected = True
+                if isinstance(call, Gates) and isinstance(a.use.call, Gates) and states is not None:
+                    y = y + call.missing(a.use.call, states, kept, part)
                 y = y.reshape(len(part), call.groups, -1).transpose(0, 1)
                 (sums.held if held else sums.fit).add(rows(part, call.places(target)), y)
 
@@ -229,6 +241,8 @@ class Sweep:
     def _write(self, consumer: Consumer, use: Use, fit: Fit) -> None:
         parameters = dict(self.pruned.named_parameters())
         call, new = use.call, use.call.unmatrix(fit.weight)
+        if consumer.look_up is not None:
+            self.tied.setdefault(consumer.name, (consumer, parameters[consumer.name].clone()))
         use.region.of(parameters[consumer.name]).copy_(new)
         call.weight.copy_(new)
         if use.bias is not None and call.bias is not None:
@@ -326,12 +340,6 @@ def _leave(pairs: list[tuple[Batch, Lane[Stop], Lane[Stop]]], count: int) -> Non
 
 def _at(lane: Lane[Stop], key: Key) -> bool:
     return lane.stop is not None and lane.stop.use.key == key
-
-
-def _bring(lane: Lane[Stop], key: Key, order: Mapping[Key, int]) -> None:
-    """Let a lane go on until it is at ``key`` or past it."""
-    while not lane.over and (lane.stop is None or order[lane.stop.use.key] < order[key]):
-        lane.advance()
 
 
 def _comparable(dense: Call, pruned: Call) -> bool:
