@@ -366,6 +366,6 @@ def test_a_tuple_of_inputs_without_targets_names_the_cure() -> None:
             return self.one(a) + b
 
     batches = [(torch.randn(3, 4), torch.randn(3, 4))]
-    with pytest.raises(prunus.InputError, match="input_fn=lambda batch: batch"):
-        prunus.calibrate(Two(), batches)
-    assert prunus.calibrate(Two(), batches, input_fn=lambda batch: batch).samples == 3
+    with pytest.raises(tp.InputError, match="input_fn=lambda batch: batch"):
+        tp.calibrate(Two(), batches)
+    assert tp.calibrate(Two(), batches, input_fn=lambda batch: batch).samples == 3

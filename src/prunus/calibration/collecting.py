@@ -168,8 +168,8 @@ class _Run:
             if not self.split:
                 raise
             raise InputError(
-                f"calibrate: the model cannot run on the first entry of batch {self.batches} ({error}): tuples and lists "
-                "are taken as (inputs, targets); if all entries are inputs, pass input_fn=lambda batch: batch"
+                f"calibrate: the model cannot run on the first entry of batch {self.batches} ({error}): tuples and "
+                "lists are taken as (inputs, targets); if all entries are inputs, pass input_fn=lambda batch: batch"
             ) from error
 
     def _loss(self, output: Any, targets: Any) -> torch.Tensor:
