@@ -80,6 +80,7 @@ class Recorder:
     steps: list[_Step] = field(default_factory=list)
     readers: dict[int, list[int]] = field(default_factory=dict)
     other_readers: dict[str, str] = field(default_factory=dict)  # parameter -> op that multiplies by it, but is no use
+    scaled: dict[int, str] = field(default_factory=dict)  # products with a parameter, entry by entry
     look_ups: dict[str, str] = field(default_factory=dict)  # parameter -> op that picks rows of it
     find: Callable[[Tensor], Any] = lambda tensor: None
     held: list[int] = field(default_factory=list)  # for each step: bytes of activations that are there after it
@@ -98,6 +99,7 @@ class Recorder:
                 self.look_ups.setdefault(found[0], name)
             elif use is None and name in _MULTIPLY and (found := self.find(tensor)) is not None:
                 self.other_readers.setdefault(found[0], name)
+        self._note_sum(name, step, func, args, kwargs)
         inverse, norm = _inverse_of(name, func, args, kwargs, result) if inputs else (None, None)
         self.steps.append(_Step(name, tuple(inputs), tuple(t.shape for t in tensors_among(args)), inverse, norm))
         for tensor in tensors_among((result,)):
@@ -106,6 +108,16 @@ class Recorder:
         if use is not None:
             self.uses[use.key] = _light(use)
             self.sizes[use.key] = result.shape
+
+    def _note_sum(self, name: str, step: int, func: Any, args: Any, kwargs: Any) -> None:
+        """A product with a parameter that is summed over its last dim is a multiplication by a matrix of one row."""
+        if name == "mul":
+            found = [self.find(t) for t in args[:2] if isinstance(t, Tensor) and getattr(t, MARK, None) is None]
+            self.scaled.update((step, one[0]) for one in found if one is not None)
+        elif name == "sum" and (scaled := self.scaled.get(getattr(args[0], MARK, -1))) is not None:
+            dims = arguments(func, args, kwargs).get("dim") or ()
+            if any(d in {-1, args[0].dim() - 1} for d in dims):
+                self.other_readers.setdefault(scaled, "mul and sum")
 
     def held_at_norms(self) -> list[int]:
         """Bytes of activations at each batch norm that uses its running statistics."""
