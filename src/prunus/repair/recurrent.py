@@ -113,6 +113,16 @@ class _Order:
         rows = torch.arange(first, len(out), device=out.device) - steps
         return torch.cat([start[:first], out[rows]])
 
+    def cells(self, gates: Tensor, start: Tensor) -> Tensor:
+        """What an LSTM projects at each step, from its gates and the first cells (samples, cells)."""
+        steps = gates.unbind(1) if self.sizes is None else gates.split(self.sizes.tolist())
+        found, cell = [], start
+        for step in steps:
+            enter, keep, new, leave = step.chunk(4, -1)
+            cell = keep.sigmoid() * cell[: len(step)] + enter.sigmoid() * new.tanh()
+            found.append(leave.sigmoid() * cell.tanh())
+        return torch.stack(found, 1) if self.sizes is None else torch.cat(found)
+
     def _opposite(self) -> Tensor:
         sizes = self.sizes if self.sizes is not None else torch.zeros(0, dtype=torch.long)
         starts = sizes.cumsum(0) - sizes
@@ -134,17 +144,22 @@ class _Layer:
 
     def run(self, x: Tensor, biases: bool, before: Before, after: After) -> tuple[Tensor, ...]:
         """Outputs, and the last states."""
-        like = x[..., :1]
-        blank = like.expand(*like.shape[:-1], self.params[1].shape[1])
+        last_weight = self.params[-1] if len(self.params) in {3, 5} else None
+        blank = x[..., :1].expand(*x.shape[:-1], self.params[1].shape[1])
         hidden, inputs = _pair(self.kind, x, blank, self.params, biases)
         before(hidden)
         before(inputs)
+        if last_weight is not None:
+            before(Gates(x[..., :1].expand(*x.shape[:-1], last_weight.shape[1]), last_weight, None, forced=True))
         way = self.order.turned if self.turned else _same
         out, *last = self._op(way(x), biases)
         passed = way(self.order.before(out, self.states[0][0]))
         hidden, inputs = _pair(self.kind, x, passed, self.params, biases)
         after(hidden)
         after(inputs)
+        if last_weight is not None:
+            cells = self.order.cells(way(hidden.product() + inputs.product()), self.states[1][0])
+            after(Gates(way(cells), last_weight, None, forced=True))
         return way(out), *last
 
     def _op(self, x: Tensor, biases: bool) -> Any:
