@@ -60,7 +60,8 @@ def error(model: nn.Module, dense: nn.Module) -> float:
 def test_output_errors_choose_greedily() -> None:
     model, dense = net(), net()
     result = prunus.prune(model, EXAMPLE, Target(macs=0.4), data=batches())
-    calibration = prunus.calibrate(dense, batches(), per_sample=False, collect=("grams", "gradients"))
+    seen = [b.inputs for b in read(batches(), None, 1000, dense)]
+    calibration = prunus.calibrate(dense, seen, per_sample=False, collect=("grams", "gradients"))
     importance = OutputErrorImportance(calibration)
     assert importance.comparable
     by_hand = prunus.prune(net(), EXAMPLE, Target(macs=0.4), importance=importance, allocation="greedy")
@@ -172,6 +173,21 @@ def test_a_failure_in_a_later_round_takes_all_rounds_back(model_state: Any, stat
     with pytest.raises(RuntimeError, match="second round"):
         prunus.prune(model, EXAMPLE, Target(macs=0.3), importance=criterion, data=batches(), rounds=3)
     assert states_equal(before, model_state(model))
+
+
+def test_padded_tokens_do_not_count() -> None:
+    tokens, mask = torch.randint(1, 50, (64, 12)), torch.ones(64, 12, dtype=torch.bool)
+    mask[:, 7:] = False
+    model = nn.Sequential(nn.Embedding(50, 16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 8))
+    plans = []
+    for padding in (0, 49):
+        padded = torch.where(mask, tokens, padding)
+        options = {"data": padded.split(16), "mask_fn": lambda batch: torch.arange(12).expand(len(batch), 12) < 7}
+        cut = copy.deepcopy(model)
+        result = prunus.prune(cut, tokens[:1], Target(ratio=0.5), ignored_layers=[cut[0]], **options)
+        assert result.repair is not None
+        plans.append(result.plan.removals)
+    assert plans[0] == plans[1]
 
 
 def test_a_loader_is_gone_through_once() -> None:

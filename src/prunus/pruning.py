@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from prunus.allocation import Allocation
@@ -102,6 +103,7 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     device: Any = None,
     data: Iterable[Any] | None = None,
     input_fn: Callable[[Any], Any] | None = None,
+    mask_fn: Callable[[Any], torch.Tensor] | None = None,
     samples: int = 256,
     rounds: int = 1,
 ) -> PruneResult:
@@ -151,6 +153,7 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
             ``importance`` or ``allocation`` say otherwise), and these layers are refitted, without training (see
             :func:`prunus.repair`).
         input_fn: makes the model's inputs of a batch, such as ``lambda batch: batch[0]``.
+        mask_fn: ``mask_fn(batch)``: a bool tensor (samples, places) of the tokens that count (no padding).
         samples: batches of ``data`` are read until there are so many samples.
         rounds: in so many rounds, each of which scores anew, cuts and repairs; more may help where much goes (to a
             third or less). Needs ``data``.
@@ -221,7 +224,7 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     before, given = graph.alive, None
     if data is not None:
         something(graph, offer(graph.coupling, prune_num_heads, prune_head_dims))
-        given = Samples.of(graph.model, data, samples, input_fn, forward_fn, output_transform)
+        given = Samples.of(graph.model, data, samples, input_fn, mask_fn, forward_fn, output_transform)
     done = carry_out(graph, order, given, optimizer)
     return PruneResult(done.plan, done.receipt, graph, (before, graph.alive), done.budget, done.report, done.note)
 

@@ -365,3 +365,18 @@ class TestErrors:
         with pytest.raises(tp.InputError, match="no grams"):
             tp.importance.OutputErrorImportance(found)
         assert "no gradients" in repr(found)
+
+
+def test_a_tuple_of_inputs_without_targets_names_the_cure() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one = nn.Linear(4, 4)
+
+        def forward(self, a, b):
+            return self.one(a) + b
+
+    batches = [(torch.randn(3, 4), torch.randn(3, 4))]
+    with pytest.raises(tp.InputError, match="input_fn=lambda batch: batch"):
+        tp.calibrate(Two(), batches)
+    assert tp.calibrate(Two(), batches, input_fn=lambda batch: batch).samples == 3

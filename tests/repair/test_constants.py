@@ -79,3 +79,25 @@ def test_a_dead_or_saturated_channel_on_the_example_is_no_constant() -> None:
     plan = prunus.prune(model, torch.zeros(1, 3, 6, 6), prunus.Target(ratio=0.5), importance=ByScale()).plan
     assert plan.removals
     assert torch.equal(model[3].bias, bias)
+
+
+def test_a_constant_input_says_nothing_about_states() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.rnn = nn.Linear(4, 6), nn.LSTM(6, 8, batch_first=True)
+            self.head = nn.Linear(8, 2)
+            with torch.no_grad():
+                self.inner.weight[0], self.inner.bias[0] = 0, 0.7
+                for gate in range(4):
+                    self.rnn.weight_ih_l0[8 * gate] = 0
+
+        def forward(self, x):
+            return self.head(self.rnn(self.inner(x))[0])
+
+    model = Recurrent().eval()
+    plain = copy.deepcopy(model)
+    result = prunus.prune(model, torch.randn(2, 3, 4), prunus.Target(ratio=0.5), ignored_layers=[model.inner])
+    assert any(r.tensor == "rnn.weight_ih_l0" and 0 in r.positions for r in result.plan.removals)
+    result.plan.apply(plain)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))

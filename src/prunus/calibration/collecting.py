@@ -55,7 +55,8 @@ def calibrate(  # noqa: PLR0913 - each keyword is a choice of the user
             are needed: gradients are those of random projections of all outputs (Gauss-Newton).
         steps: at most so many batches (default: all).
         input_fn: ``input_fn(batch)``: the model's inputs, as a tensor, a tuple of arguments or a dict (default: the
-            first entry of a tuple or list, else the batch).
+            first entry of a tuple or list, which is taken as inputs and targets, else the batch; where a tuple holds
+            several inputs and no targets, as :func:`prunus.repair` takes it, pass ``lambda batch: batch``).
         collect: any of "activations" (moments of what each weight reads), "gradients" (of parameters, and the energy of
             the gradients of what weights make), "grams" (second moments between what a weight reads).
         forward_fn: ``forward_fn(model, inputs)`` to use instead of calling the model.
@@ -137,6 +138,7 @@ class _Run:
         self.mixed = False  # whether some row of mask gradients holds several samples
         self.watching = bool(settings.collect & {"activations", "grams"}) or self.with_gradients
         self.sums: dict[str, _Sums] = {}
+        self.split = False  # whether the batch that runs is taken as inputs and targets
         self.samples, self.batches, self.loss = 0, 0, 0.0
         self.device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
         self.signs = torch.Generator().manual_seed(settings.seed)
@@ -146,6 +148,7 @@ class _Run:
         batch = to_device(batch, self.device)
         own = self.settings
         inputs, targets = split_batch(batch)
+        self.split = own.input_fn is None and isinstance(batch, (tuple, list)) and len(batch) > 1
         if own.input_fn is not None:
             inputs = to_device(own.input_fn(batch), self.device)
         mask = None if own.mask_fn is None else own.mask_fn(batch).bool()
@@ -163,7 +166,7 @@ class _Run:
     def _sample(self, inputs: Any, targets: Any, mask: torch.Tensor | None) -> None:
         self.recorder.mask = mask
         with torch.set_grad_enabled(self.with_gradients), self.recorder if self.watching else nullcontext():
-            output = call_model(self.model, inputs, self.settings.forward_fn)
+            output = self._output(inputs)
         if not self.with_gradients:
             self._look(output)
         else:
@@ -175,6 +178,17 @@ class _Run:
         """Refuse outputs that hold NaN."""
         if any(bool(t.isnan().any()) for t in tensors_in(output) if t.is_floating_point()):
             raise InputError(f"calibrate: the model returns NaN at batch {self.batches}; look at data and weights")
+
+    def _output(self, inputs: Any) -> Any:
+        try:
+            return call_model(self.model, inputs, self.settings.forward_fn)
+        except TypeError as error:
+            if not self.split:
+                raise
+            raise InputError(
+                f"calibrate: the model cannot run on the first entry of batch {self.batches} ({error}): tuples and "
+                "lists are taken as (inputs, targets); if all entries are inputs, pass input_fn=lambda batch: batch"
+            ) from error
 
     def _loss(self, output: Any, targets: Any) -> torch.Tensor:
         with torch.enable_grad():

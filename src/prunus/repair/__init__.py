@@ -3,7 +3,18 @@
 from prunus.repair.closed_form import repair
 from prunus.repair.constants import fold_constants, may_have_constants
 from prunus.repair.report import LayerRepair, RepairReport
-from prunus.repair.samples import read
+from prunus.repair.samples import Batch, CannotRunError, explained, read
 from prunus.repair.twins import frozen
 
-__all__ = ["LayerRepair", "RepairReport", "fold_constants", "frozen", "may_have_constants", "read", "repair"]
+__all__ = [
+    "Batch",
+    "CannotRunError",
+    "LayerRepair",
+    "RepairReport",
+    "explained",
+    "fold_constants",
+    "frozen",
+    "may_have_constants",
+    "read",
+    "repair",
+]

@@ -9,13 +9,15 @@ operand is there before the multiplication runs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from prunus.modes import tensors_among
+from prunus.repair.crowd import Alive
+from prunus.repair.recurrent import Gates
 from prunus.repair.sites import arguments
 from prunus.repair.watch import Key, Use
 
@@ -78,7 +80,11 @@ class Recorder:
     steps: list[_Step] = field(default_factory=list)
     readers: dict[int, list[int]] = field(default_factory=dict)
     other_readers: dict[str, str] = field(default_factory=dict)  # parameter -> op that multiplies by it, but is no use
+    scaled: dict[int, str] = field(default_factory=dict)  # products with a parameter, entry by entry
+    look_ups: dict[str, str] = field(default_factory=dict)  # parameter -> op that picks rows of it
     find: Callable[[Tensor], Any] = lambda tensor: None
+    held: list[int] = field(default_factory=list)  # for each step: bytes of activations that are there after it
+    alive: Alive = field(default_factory=Alive)
 
     def after(self, step: int, func: Any, args: Any, kwargs: Any, result: Any, use: Use | None) -> None:
         """Note an op."""
@@ -89,15 +95,33 @@ class Recorder:
             if origin is not None:
                 inputs.append(origin)
                 self.readers.setdefault(origin, []).append(step)
+            elif use is None and name in _LOOK_UP and (found := self.find(tensor)) is not None:
+                self.look_ups.setdefault(found[0], name)
             elif use is None and name in _MULTIPLY and (found := self.find(tensor)) is not None:
                 self.other_readers.setdefault(found[0], name)
+        self._note_sum(name, step, func, args, kwargs)
         inverse, norm = _inverse_of(name, func, args, kwargs, result) if inputs else (None, None)
         self.steps.append(_Step(name, tuple(inputs), tuple(t.shape for t in tensors_among(args)), inverse, norm))
         for tensor in tensors_among((result,)):
             setattr(tensor, MARK, step)
+        self.held.append(self.alive.note(tensors_among((*args, *kwargs.values())), tensors_among((result,))))
         if use is not None:
             self.uses[use.key] = _light(use)
             self.sizes[use.key] = result.shape
+
+    def _note_sum(self, name: str, step: int, func: Any, args: Any, kwargs: Any) -> None:
+        """A product with a parameter that is summed over its last dim is a multiplication by a matrix of one row."""
+        if name == "mul":
+            found = [self.find(t) for t in args[:2] if isinstance(t, Tensor) and getattr(t, MARK, None) is None]
+            self.scaled.update((step, one[0]) for one in found if one is not None)
+        elif name == "sum" and (scaled := self.scaled.get(getattr(args[0], MARK, -1))) is not None:
+            dims = arguments(func, args, kwargs).get("dim") or ()
+            if any(d in {-1, args[0].dim() - 1} for d in dims):
+                self.other_readers.setdefault(scaled, "mul and sum")
+
+    def held_at_norms(self) -> list[int]:
+        """Bytes of activations at each batch norm that uses its running statistics."""
+        return [n for step, n in zip(self.steps, self.held, strict=True) if step.norm is not None]
 
     def chain(self, key: Key) -> Chain:
         """What becomes of the output of a use."""
@@ -124,9 +148,14 @@ class Recorder:
 def _light(use: Use) -> Use:
     """The use without the activations that it read."""
     call = use.call
-    x = torch.empty(call.x.shape, dtype=call.x.dtype, device="meta")
-    bare = {**vars(call), "x": x}
-    return Use(use.key, type(call)(**bare), use.region, use.bias, use.step)
+    bare = replace(call, x=_meta(call.x))
+    if isinstance(bare, Gates) and bare.beside is not None:
+        bare = replace(bare, beside=replace(bare.beside, x=_meta(bare.beside.x)))
+    return replace(use, call=bare)
+
+
+def _meta(x: Tensor) -> Tensor:
+    return torch.empty(x.shape, dtype=x.dtype, device="meta")
 
 
 def _same(x: Tensor) -> Tensor:
@@ -207,6 +236,7 @@ _VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "
 _KEEP = frozenset({"dropout", "dropout_", "contiguous", "clone", "detach", "alias", "to", "_to_copy", "slice"})
 _KEEP |= {"feature_dropout", "native_dropout"}
 _MOVES = frozenset({"permute", "transpose", "t", "movedim"})
+_LOOK_UP = frozenset({"embedding", "embedding_bag", "_embedding_bag", "index", "index_select", "gather"})
 _MULTIPLY = frozenset(
     {"lstm", "gru", "rnn_tanh", "rnn_relu", "lstm_cell", "gru_cell", "rnn_tanh_cell", "rnn_relu_cell"}
 )

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from prunus.errors import InputError, PrunusError
 from prunus.plan import Plan
 from prunus.repair.chains import Recorder
-from prunus.repair.consumers import find_consumers
+from prunus.repair.consumers import Consumer, find_consumers
+from prunus.repair.crowd import ROOM, Place, trim
+from prunus.repair.judge import distance, judged
 from prunus.repair.norms import reestimate
 from prunus.repair.report import LayerRepair, RepairReport
-from prunus.repair.samples import Batch, held_share, read
-from prunus.repair.sweep import Refitted, Run, Sweep
+from prunus.repair.samples import LANES, Batch, explained, held_share, read
+from prunus.repair.sweep import Refitted, Run, Sweep, wanted
 from prunus.repair.twins import frozen, separate, sharing
-from prunus.repair.watch import Watch, Weights, guarded
+from prunus.repair.watch import Key, Watch, Weights, guarded
 from prunus.surgery import Change, Receipt, apply
-from prunus.tracing import ForwardFn, call_model, tensors_in
+from prunus.tracing import ForwardFn, call_model
 from prunus.untouched import untouched, without_mha_fastpath
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
@@ -39,6 +41,8 @@ def repair(  # noqa: PLR0913 - each keyword is a choice of the user
     drift: bool = True,
     norms: bool = True,
     widest: int = 8_192,
+    memory: int | None = None,
+    mask_fn: Callable[[Any], torch.Tensor] | None = None,
 ) -> RepairReport:
     """Cut ``model`` in place and refit, without training, the layers that read what was removed.
 
@@ -54,7 +58,8 @@ def repair(  # noqa: PLR0913 - each keyword is a choice of the user
         loader: yields batches, each of them what the model is called with: a tensor, a tuple of positional arguments
             or a dict of keyword arguments. No labels are needed. One batch in five is held out (with fewer than five,
             a fifth of each).
-        input_fn: makes that of what the loader yields, such as ``lambda batch: batch[0]``.
+        input_fn: makes that of what the loader yields: ``lambda batch: batch[0]`` for batches of inputs and labels,
+            which :func:`prunus.calibrate` takes as they are.
         dense: the model as it was before the cut, if ``model`` was cut already.
         forward_fn: ``forward_fn(model, inputs)`` to use instead of calling the model.
         samples: batches are read until there are so many samples.
@@ -63,6 +68,11 @@ def repair(  # noqa: PLR0913 - each keyword is a choice of the user
         norms: also compute the statistics of batch norms anew.
         widest: a layer whose outputs sum over more inputs than this keeps its weights: the memory for it grows with
             the square of that number, and the time with its cube.
+        memory: bytes that the activations of all samples may take together; where it is too little for all at once,
+            layers with large maps are fitted on fewer samples. Default: what one batch takes in plain inference, and
+            at least 256 MiB.
+        mask_fn: ``mask_fn(batch)``, given what the loader yields: a bool tensor (samples, places) of the tokens that
+            count (no padding), in fits, statistics and errors, wherever a layer has a row for each of them.
 
     Raises:
         InputError: the data cannot be used, or the model cannot run on it; the model is as it was.
@@ -82,12 +92,12 @@ def repair(  # noqa: PLR0913 - each keyword is a choice of the user
         >>> report.after < report.before
         True
     """
-    batches = read(loader, input_fn, samples, model)
+    batches = read(loader, input_fn, samples, model, mask_fn)
     old = frozen(model if dense is None else dense)
     receipt = apply(model, plan) if dense is None else Receipt(plan)
     try:
         run: Run = forward_fn if forward_fn is not None else call_model
-        work = _Work(old, model, plan, batches, run, tuple(ridges), drift, norms, widest)
+        work = _Work(old, model, plan, batches, run, tuple(ridges), drift, norms, widest, memory)
         return work.report(receipt)
     except BaseException:
         receipt.undo()
@@ -107,20 +117,13 @@ class _Work:
     drift: bool
     norms: bool
     widest: int
+    memory: int | None
 
     def report(self, receipt: Receipt) -> RepairReport:
         """Repair a copy, judge it, and let the model have its values."""
-        try:
-            with without_mha_fastpath(), untouched(self.model), untouched(self.dense):
-                copy = separate(self.model)
-                found = self._on(copy)
-        except PrunusError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"the model cannot run on the data ({type(error).__name__}: {error}): call it with what input_fn "
-                "makes of a batch, in eval mode, to see where; if batches hold labels, pass input_fn=lambda b: b[0]"
-            ) from error
+        with explained(), without_mha_fastpath(), untouched(self.model), untouched(self.dense):
+            copy = separate(self.model)
+            found = self._on(copy)
         layers, before, after, accepted, norms, notes = found
         if accepted:
             for change in _commit(self.model, copy):
@@ -141,18 +144,22 @@ class _Work:
         consumers = [c for c in consumers if c.use.call.summed <= self.widest]
         notes = [f"{name} keeps its weights: {why}" for name, why in left.items()]
         names = {True: [s.name for s in old.steps], False: [s.name for s in new.steps]}
-        sweep = Sweep(self.dense, copy, self.run, self.batches, self.ridges, names)
+        room = max(ROOM, *old.held, 0) if self.memory is None else self.memory
+        places = {key: _place(c, key, old, new) for c in consumers for key in c.keys}
+        sweep = Sweep(self.dense, copy, self.run, self.batches, self.ridges, names, places, room)
         with guarded():
             results = sweep.over(consumers)
-        dense_outs = {k: d for k, (d, _) in enumerate(results) if self.batches[k].held is not False}
-        outs = {k: p for k, (_, p) in enumerate(results) if k in dense_outs}
+        judging = [k for k, b in enumerate(self.batches) if b.held is not False]
+        both = {k: results[k] or (self._judged(self.dense, k), self._judged(copy, k)) for k in judging}
+        dense_outs, outs = ({k: pair[j] for k, pair in both.items()} for j in (0, 1))
+        after = distance(dense_outs, outs) if not sweep.tied else self._untie(copy, sweep, dense_outs)
         layers = tuple(_layer(label, done) for label, done in sweep.done.items())
-        after = _distance(self.batches, dense_outs, outs)
-        raw = {judge: cut_out} | {k: self._plain(self.model, k) for k in dense_outs if k != judge}
-        before = _distance(self.batches, dense_outs, raw)
+        raw = {k: cut_out if k == judge else self._judged(self.model, k) for k in judging}
+        before = distance(dense_outs, raw)
         restated = 0
-        if self.norms:
-            restated, after = self._norms(copy, dense_outs, after)
+        held = new.held_at_norms()
+        if self.norms and held:
+            restated, after = self._norms(copy, dense_outs, after, (held, room))
         accepted = before is None or after is None or after < before
         if not accepted:
             notes.append(
@@ -160,10 +167,35 @@ class _Work:
             )
         return layers, before, after if accepted else before, accepted, restated, tuple(notes)
 
-    def _norms(self, copy: nn.Module, dense_outs: dict[int, Any], after: float | None) -> tuple[int, float | None]:
+    def _untie(self, copy: nn.Module, sweep: Sweep, dense_outs: dict[int, list[Tensor]]) -> float | None:
+        """Where rows of a new weight are looked up too, what ran before it has changed: only the outputs can tell."""
+        parameters = dict(copy.named_parameters())
+
+        def error() -> float | None:
+            return distance(dense_outs, {k: self._judged(copy, k) for k in dense_outs})
+
+        after = error()
+        new = {name: parameters[name].clone() for name in sweep.tied}
+        with torch.no_grad():
+            for name, (_, old) in sweep.tied.items():
+                parameters[name].copy_(old)
+            before = error()
+            if after is not None and before is not None and after < before:
+                for name, weight in new.items():
+                    parameters[name].copy_(weight)
+                return after
+        for label, done in sweep.done.items():
+            if done.consumer.name in sweep.tied:
+                reason = f"{done.consumer.look_up} looks up rows of it too, and gets worse by others"
+                sweep.done[label] = replace(done, reason=reason)
+        return before
+
+    def _norms(
+        self, copy: nn.Module, dense_outs: dict[int, list[Tensor]], after: float | None, memory: tuple[list[int], int]
+    ) -> tuple[int, float | None]:
         keep = {name: b.clone() for name, b in copy.named_buffers()}
-        count, outs = reestimate(copy, self.batches, self.run)
-        error = _distance(self.batches, dense_outs, {k: outs[k] for k in dense_outs})
+        count = reestimate(copy, self.batches, self.run, *memory)
+        error = distance(dense_outs, {k: self._judged(copy, k) for k in dense_outs})
         if count and after is not None and error is not None and error < after:
             return count, error
         with torch.no_grad():
@@ -171,18 +203,29 @@ class _Work:
                 buffer.copy_(keep[name])
         return 0, after
 
-    def _recorded(self, model: nn.Module, k: int) -> tuple[Recorder, Any]:
+    def _recorded(self, model: nn.Module, k: int) -> tuple[Recorder, list[Tensor]]:
         recorder = Recorder()
         runner = sharing(model)
         watch = Watch(Weights(runner), after=recorder.after)
         recorder.find = watch.find
         with guarded(), watch:
-            output = self.run(runner, self.batches[k].inputs)
+            output = judged(self.batches[k], self.run(runner, self.batches[k].inputs))
+        trim()
         return recorder, output
 
-    def _plain(self, model: nn.Module, k: int) -> Any:
+    def _judged(self, model: nn.Module, k: int) -> list[Tensor]:
         with guarded():
-            return self.run(sharing(model), self.batches[k].inputs)
+            output = judged(self.batches[k], self.run(sharing(model), self.batches[k].inputs))
+        trim()
+        return output
+
+
+def _place(consumer: Consumer, key: Key, old: Recorder, new: Recorder) -> Place:
+    """What one batch holds at a call, and how many batches it takes for the rows that are wanted."""
+    call = consumer.use.call
+    rows = (1 - 1 / LANES) * new.sizes[key].numel() / max(1, new.sizes[key][call.channel])
+    held = old.held[old.uses[key].step] + new.held[new.uses[key].step]
+    return Place(held, ceil(wanted(call) / max(1.0, rows)))
 
 
 def _layer(label: str, done: Refitted) -> LayerRepair:
@@ -190,37 +233,6 @@ def _layer(label: str, done: Refitted) -> LayerRepair:
     before, after = (None, None) if fit is None else (fit.before, fit.after)
     ridge = None if fit is None else fit.ridge
     return LayerRepair(label, before, after, ridge, done.rows, done.corrected, done.reason)
-
-
-def _distance(batches: Sequence[Batch], dense: dict[int, Any], pruned: dict[int, Any]) -> float | None:
-    """The mean over the outputs of squared distance by variance, on what is held out."""
-    shares: dict[int, list[float]] = {}
-    for k, output in dense.items():
-        ones, others = (list(_floats(o)) for o in (output, pruned[k]))
-        if len(ones) != len(others) or any(a.shape != b.shape for a, b in zip(ones, others, strict=True)):
-            return None
-        for j, (a, b) in enumerate(zip(ones, others, strict=True)):
-            if batches[k].held is None and a.dim() and a.shape[0] == batches[k].count:
-                out = held_share(a.shape[0])
-                _add(shares.setdefault(j, [0.0, 0.0]), a[-out:].double(), b[-out:].double())
-            else:
-                _add(shares.setdefault(j, [0.0, 0.0]), a.double(), b.double())
-    if not shares:
-        return None
-    return sum(gap / max(all_, 1e-30) for gap, all_ in shares.values()) / len(shares)
-
-
-def _add(total: list[float], dense: Tensor, pruned: Tensor) -> None:
-    total[0] += float((dense - pruned).square().sum())
-    total[1] += float((dense - dense.mean()).square().sum())
-
-
-def _floats(output: Any) -> Any:
-    return (torch.view_as_real(t) if t.is_complex() else t for t in tensors_in(output) if not _whole(t))
-
-
-def _whole(t: Tensor) -> bool:
-    return not (t.is_floating_point() or t.is_complex())
 
 
 def _commit(model: nn.Module, copy: nn.Module) -> list[Change]:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 from prunus.plan import Plan
 from prunus.repair.chains import Recorder
 from prunus.repair.consumers import Consumer, Cuts, find_consumers
+from prunus.repair.recurrent import Gates
 from prunus.repair.sites import Call
 from prunus.repair.twins import sharing
 from prunus.repair.watch import Key, Use, Watch, Weights, guarded
@@ -106,6 +107,8 @@ class _Noise:
     def before(self, use: Use) -> None:
         """Look at what a multiplication reads."""
         call = use.call
+        if isinstance(call, Gates) and call.forced:
+            return  # states, which are not known yet, and begin with zeros
         if call.groups == 1 and not call.transposed and not any(any(pair) for pair in call.padding):
             dim = call.x.dim() - 1 - call.spatial
             rows = call.x.movedim(dim, -1).reshape(-1, call.x.shape[dim])

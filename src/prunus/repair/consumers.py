@@ -10,6 +10,7 @@ from torch import Tensor
 
 from prunus.plan import Plan
 from prunus.repair.chains import Chain, Norm, Recorder
+from prunus.repair.recurrent import Gates
 from prunus.repair.sites import Region
 from prunus.repair.watch import Key, Use, Weights
 
@@ -27,6 +28,8 @@ class Consumer:
         chains: for each key, what becomes of the output, in the dense and in the pruned model.
         norm: the batch norm whose mean takes up what a layer without bias cannot.
         steps: when each key runs.
+        states: in recurrent layers, the dense model's states that are left.
+        look_up: the op that looks up rows of the parameter as well (a head tied to an embedding).
     """
 
     name: str
@@ -37,6 +40,8 @@ class Consumer:
     chains: Mapping[Key, tuple[Chain, Chain]]
     norm: Norm | None
     steps: Mapping[Key, int]
+    states: Tensor | None = None
+    look_up: str | None = None
 
     @property
     def free_bias(self) -> bool:
@@ -99,7 +104,8 @@ def find_consumers(
     for (name, _), keys in sorted(by_part.items(), key=lambda item: pruned.uses[item[1][-1]].step):
         pairs = [(dense.uses.get(key), pruned.uses[key]) for key in keys]
         shrunk = any(d is None or d.call.summed != p.call.summed for d, p in pairs)
-        if not shrunk and not (drift and begun):
+        exact = isinstance(pairs[0][1].call, Gates) and pairs[0][1].call.forced  # it gets the states that it had
+        if not shrunk and (exact or not (drift and begun)):
             continue
         consumer = _consumer(name, tuple(keys), cuts, dense, pruned)
         if isinstance(consumer, str):
@@ -107,8 +113,13 @@ def find_consumers(
         else:
             found.append(consumer)
             begun = True
+    seen = {key.name for key in pruned.uses}
     for name, op in pruned.other_readers.items():
-        if len(weights.by_name[name].shape) > 1 and any((name, d) in cuts.removed for d in range(3)):
+        if (
+            name not in seen
+            and len(weights.by_name[name].shape) > 1
+            and any((name, d) in cuts.removed for d in range(3))
+        ):
             left.setdefault(name, f"it is read by {op}, which is not refitted")
     return found, left
 
@@ -136,4 +147,26 @@ def _consumer(name: str, keys: tuple[Key, ...], cuts: Cuts, dense: Recorder, pru
     if use.call.spatial == 0 and norm is not None and len(pruned.sizes[keys[-1]]) != 2:
         norm = None  # it normalises another dim than the one of the outputs
     steps = {key: pruned.uses[key].step for key in keys}
-    return Consumer(name, keys, use, kept, None if factor is None else factor[kept], chains, norm, steps)
+    states = _states(name, use, old, cuts)
+    return Consumer(
+        name,
+        keys,
+        use,
+        kept,
+        None if factor is None else factor[kept],
+        chains,
+        norm,
+        steps,
+        states,
+        pruned.look_ups.get(name),
+    )
+
+
+def _states(name: str, use: Use, old: Use, cuts: Cuts) -> Tensor | None:
+    """Which of the dense model's states a recurrent layer still has."""
+    if not isinstance(use.call, Gates) or not isinstance(old.call, Gates):
+        return None
+    whole, hidden = ((name, old.region), old.call) if use.call.forced else (use.beside, old.call.beside)
+    if whole is None or hidden is None:
+        return None
+    return cuts.kept(whole[0], whole[1].dims[1], whole[1].starts[1], hidden.weight.shape[1])

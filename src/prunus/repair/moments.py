@@ -45,20 +45,15 @@ class Sums:
         self.count += x.shape[1]
 
     def moments(self) -> Moments | None:
-        """What the rows so far give (None: there were none, or they are not finite)."""
+        """What the rows give (None: there were none, or they are not finite); they are gone afterwards."""
         if self._shifts is None or not all(bool(torch.isfinite(s).all()) for s in self._sums):
             return None
-        gram, cross, x, y, yy = (s / self.count for s in self._sums)
-        cov = gram - x.unsqueeze(2) * x.unsqueeze(1)
+        cov, cross, x, y, yy = (s.div_(self.count) for s in self._sums)  # in place: these may be large
+        self._sums = ()
         shift_x, shift_y = (s.squeeze(1).double() for s in self._shifts)
-        return Moments(
-            self.count,
-            x + shift_x,
-            y + shift_y,
-            cov,
-            cross - y.unsqueeze(2) * x.unsqueeze(1),
-            (yy - y.square()).clamp_min(0),
-        )
+        cov.baddbmm_(x.unsqueeze(2), x.unsqueeze(1), alpha=-1)
+        cross.baddbmm_(y.unsqueeze(2), x.unsqueeze(1), alpha=-1)
+        return Moments(self.count, x + shift_x, y + shift_y, cov, cross, (yy - y.square()).clamp_min(0))
 
 
 WIDE, BLOCKS = 512, 4

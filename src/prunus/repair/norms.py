@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.repair.chains import BATCH_NORMS
+from prunus.repair.crowd import Heap, Place, crowds
 from prunus.repair.lanes import Lane
-from prunus.repair.samples import Batch, held_share
+from prunus.repair.samples import LEAST_SAMPLES, Batch, held_share
 from prunus.repair.sites import arguments
 from prunus.repair.sweep import Run
 from prunus.repair.twins import sharing
@@ -44,26 +46,44 @@ class _Watch(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def reestimate(model: nn.Module, batches: Sequence[Batch], run: Run) -> tuple[int, list[Any]]:
+def reestimate(model: nn.Module, batches: Sequence[Batch], run: Run, held: Sequence[int], room: int) -> int:
     """Set the running statistics of all batch norms to those of the samples that are not held out.
 
     A norm that runs several times gets those of all its runs so far.
 
+    Args:
+        model: its buffers are written to.
+        batches: the samples.
+        run: calls a model on inputs.
+        held: bytes that one batch holds at each norm, in the order in which they run.
+        room: bytes that batches may hold together while they wait for each other.
+
     Returns:
-        how many norms were set, and what the model returned for each batch.
+        how many norms were set.
     """
     seen: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
-    lanes = [Lane(_runner(sharing(model), batch.inputs, run)) for batch in batches]
+    batches = [batch for batch in batches if not batch.held]
+    enough = next(
+        (k for k, n in enumerate(accumulate(b.count for b in batches), 1) if n >= LEAST_SAMPLES), len(batches)
+    )
+    lanes: list[Lane[_At]] = []
+    heap = Heap()
     with guarded():
         try:
-            for lane in lanes:
-                lane.advance()
-            while stops := [lane.stop.nth for lane in lanes if lane.stop is not None]:
-                here = [k for k, lane in enumerate(lanes) if lane.stop is not None and lane.stop.nth == min(stops)]
-                _set([(batches[k], lanes[k].stop) for k in here], seen)
-                for k in here:
-                    lanes[k].advance()
-            return len(seen), [lane.result for lane in lanes]
+            for nth, count in enumerate(crowds([Place(n) for n in held], len(batches), enough, room)):
+                for lane in lanes[count:]:
+                    lane.close()
+                del lanes[count:]
+                lanes += [Lane(_runner(sharing(model), batch.inputs, run)) for batch in batches[len(lanes) : count]]
+                for lane in lanes:
+                    while not lane.over and (lane.stop is None or lane.stop.nth < nth):
+                        lane.advance()
+                    heap.tidy()
+                pairs = zip(batches, lanes, strict=False)
+                here = [(b, lane.stop) for b, lane in pairs if lane.stop is not None and lane.stop.nth == nth]
+                if here:
+                    _set(here, seen)
+            return len(seen)
         finally:
             for lane in lanes:
                 lane.close()
@@ -86,11 +106,13 @@ def _set(stops: Sequence[tuple[Batch, _At | None]], seen: dict[int, list[tuple[i
             continue
         n = at.x.shape[0]
         stay = n - held_share(n) if batch.held is None else n * (not batch.held)
-        x = at.x[:stay].movedim(1, 0).flatten(1)
-        if x.shape[1]:
+        x = at.x[:stay]
+        if batch.mask is not None and batch.mask.shape == (n, *x.shape[2:]):
+            x = x.movedim(1, -1)[batch.mask[:stay]]
+        if x.numel():
             x = x if x.dtype == torch.float64 else x.float()
-            mean = x.mean(1)
-            parts.append((x.shape[1], mean.double(), (x - mean.unsqueeze(1)).square().mean(1).double()))
+            var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
+            parts.append((x.numel() // x.shape[1], mean.double(), var.double()))
     total = sum(n for n, _, _ in parts)
     if total < 2:
         return

@@ -97,9 +97,9 @@ def _solver(weight: Tensor, bias: Tensor, fit: Moments, free_bias: bool) -> Call
     def solve(ridge: float) -> Tensor | None:
         if not bool((scale > 0).any()):
             return None
-        loaded = gram.clone()
-        loaded.diagonal(dim1=1, dim2=2).add_((ridge * scale.clamp_min(TINY)).unsqueeze(1))
-        factor, failed = torch.linalg.cholesky_ex(loaded)
+        factor = gram.clone()
+        factor.diagonal(dim1=1, dim2=2).add_((ridge * scale.clamp_min(TINY)).unsqueeze(1))
+        factor, failed = torch.linalg.cholesky_ex(factor)
         return None if bool(failed.any()) else weight + torch.cholesky_solve(missing, factor).transpose(1, 2)
 
     return solve

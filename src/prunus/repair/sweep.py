@@ -1,16 +1,16 @@
 """One pass of all samples through the dense and the pruned model side by side, in which every layer is refitted.
 
-Each batch runs in two lanes. The lanes of the pruned model halt at every layer to be refitted; when all are there, the
-dense lanes are brought to the same place, the layer is solved from what the pruned lanes hold and the dense ones have
-got, and all go on with its new weights. So every layer sees inputs that the repaired prefix makes, for the price of one
-forward pass of each model.
+Each batch runs in two lanes. The lanes of the pruned model halt at every layer to be refitted; when all that take part
+are there, the dense lanes are brought to the same place, the layer is solved from what the pruned lanes hold and the
+dense ones have got, and all go on with its new weights. So every layer sees inputs that the repaired prefix makes, for
+the price of one forward pass of each model. Batches join as late as :mod:`~prunus.repair.crowd` lets them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,13 @@ from torch import Tensor, nn
 
 from prunus.repair.chains import Chain
 from prunus.repair.consumers import Consumer
+from prunus.repair.crowd import Heap, Place, crowds
+from prunus.repair.judge import judged
 from prunus.repair.lanes import Lane
 from prunus.repair.moments import Sums
+from prunus.repair.recurrent import Gates
 from prunus.repair.ridge import Fit, refit
-from prunus.repair.samples import LANES, Batch, held_share
+from prunus.repair.samples import LANES, Batch, held_share, least
 from prunus.repair.sites import Call
 from prunus.repair.twins import sharing
 from prunus.repair.watch import Key, Use, Watch, Weights, guarded
@@ -29,7 +32,7 @@ from prunus.repair.watch import Key, Use, Watch, Weights, guarded
 Run = Callable[[nn.Module, Any], Any]
 ROWS = 16_384  # at least so many rows are used where there are so many,
 ROWS_PER_INPUT = 32  # or so many for each unknown of an output
-AT_ONCE = 1 << 23  # numbers of a block of rows
+AT_ONCE = 1 << 21  # numbers of a block of rows
 
 
 @dataclass(frozen=True)
@@ -62,8 +65,12 @@ class Sweep:
     batches: Sequence[Batch]
     ridges: Sequence[float]
     names: Mapping[bool, Sequence[str]]  # of the ops that a recorded run of the dense (True) and the pruned model made
+    places: Mapping[Key, Place]  # what one batch holds, and how many are needed
+    room: int  # bytes that waiting batches may hold together
     done: dict[str, Refitted] = field(default_factory=dict)
+    tied: dict[str, tuple[Consumer, Tensor]] = field(default_factory=dict)  # looked up too: as they were
     _solved: set[Key] = field(default_factory=set)
+    _heap: Heap = field(default_factory=Heap)
 
     def over(self, consumers: Sequence[Consumer]) -> list[Any]:
         """Refit all consumers; what the lanes returned at the end, for each batch (dense, pruned)."""
@@ -84,28 +91,42 @@ class Sweep:
         """
         order = {key: k for k, key in enumerate(sorted_keys(consumers))}
         by_key = {key: c for c in consumers for key in c.keys}
+        places = [replace(self.places[key], same=_one(by_key[key])) for key in order]
+        counts = crowds(places, len(self.batches), least(self.batches), self.room)
         stale = False
         with self._lanes(by_key) as pairs:
             sums: dict[int, _Sums] = {}
-            for _, pruned in pairs:
-                pruned.advance()
-            while stops := [p.stop.use.key for _, p in pairs if p.stop is not None]:
-                key = min(stops, key=lambda k: order[k])
+            for key, count in zip(order, counts, strict=True):
+                _leave(pairs, count)
+                self._join(pairs, by_key, count)
+                for _, _, pruned in pairs:
+                    self._bring(pruned, key, order)
+                here = [(b, d, p) for b, d, p in pairs if _at(p, key)]
                 consumer = by_key[key]
-                here = [(b, d, p) for b, (d, p) in zip(self.batches, pairs, strict=True) if _at(p, key)]
-                if not stale or len(consumer.keys) > 1:
+                if here and (not stale or len(consumer.keys) > 1):
                     state = sums.setdefault(id(consumer), _Sums())
                     stale = self._visit(state, consumer, key, here, order) or stale
                     if stale and restart:
                         return None
-                for _, _, pruned in here:
-                    pruned.advance()
             if stale:
                 return None
-            for dense, _ in pairs:
-                while dense.advance() is not None:
+            for batch, *lanes in pairs:
+                for lane in lanes if batch.held is False else ():
+                    lane.close()
+            return self._results(pairs)
+
+    def _results(self, pairs: Sequence[tuple[Batch, Lane[Stop], Lane[Stop]]]) -> list[Any]:
+        """What each batch is judged by, for both models; None for those that nothing is judged by, or that had left."""
+        results: list[Any] = [None] * len(self.batches)
+        for k, (batch, *lanes) in enumerate(pairs):
+            for lane in lanes:
+                while batch.held is not False and lane.advance() is not None:
                     pass
-            return [(dense.result, pruned.result) for dense, pruned in pairs]
+            if batch.held is not False:
+                results[k] = tuple(judged(batch, lane.result) for lane in lanes)
+                for lane in lanes:
+                    lane.result = None
+        return results
 
     def _visit(
         self,
@@ -116,27 +137,39 @@ class Sweep:
         order: Mapping[Key, int],
     ) -> bool:
         """See to one call of a consumer, for which lanes wait; whether earlier calls should have run otherwise."""
+        shares = tuple(sum(b.held is not other for b, _, _ in here) for other in (True, False))
         for batch, dense, pruned in here:
-            _bring(dense, key, order)
+            self._bring(dense, key, order)
             if _at(dense, key):
-                self._feed(sums, consumer, batch, dense, pruned, len(here))
+                self._feed(sums, consumer, batch, dense, pruned, shares)
         if key != consumer.keys[-1]:
             return False
         return self._solve(consumer, sums, [p for _, _, p in here]) and len(consumer.keys) > 1
 
     @contextmanager
-    def _lanes(self, by_key: Mapping[Key, Consumer]) -> Iterator[list[tuple[Lane[Stop], Lane[Stop]]]]:
-        pairs = []
-        for batch in self.batches:
-            dense = Lane(_Follower(sharing(self.dense), batch.inputs, self.run, by_key, True, self.names[True]))
-            pruned = Lane(_Follower(sharing(self.pruned), batch.inputs, self.run, by_key, False, self.names[False]))
-            pairs.append((dense, pruned))
+    def _lanes(self, by_key: Mapping[Key, Consumer]) -> Iterator[list[tuple[Batch, Lane[Stop], Lane[Stop]]]]:
+        pairs: list[tuple[Batch, Lane[Stop], Lane[Stop]]] = []
         try:
             yield pairs
         finally:
-            for pair in pairs:
-                for lane in pair:
-                    lane.close()
+            _leave(pairs, 0)
+
+    def _join(
+        self, pairs: list[tuple[Batch, Lane[Stop], Lane[Stop]]], by_key: Mapping[Key, Consumer], count: int
+    ) -> None:
+        """Let more batches take part, until there are ``count``."""
+        for batch in self.batches[len(pairs) : count]:
+            dense, pruned = (
+                Lane(_Follower(sharing(model), batch.inputs, self.run, by_key, first, self.names[first]))
+                for model, first in ((self.dense, True), (self.pruned, False))
+            )
+            pairs.append((batch, dense, pruned))
+
+    def _bring(self, lane: Lane[Stop], key: Key, order: Mapping[Key, int]) -> None:
+        """Let a lane go on until it is at ``key`` or past it."""
+        while not lane.over and (lane.stop is None or order[lane.stop.use.key] < order[key]):
+            lane.advance()
+        self._heap.tidy()
 
     def _feed(
         self,
@@ -145,7 +178,7 @@ class Sweep:
         batch: Batch,
         dense: Lane[Stop],
         pruned: Lane[Stop],
-        lanes: int,
+        shares: tuple[int, ...],
     ) -> None:
         """Add what one batch says about a consumer."""
         a, b = dense.stop, pruned.stop
@@ -160,9 +193,12 @@ class Sweep:
         if a.other is not None and b.other is not None and consumer.factor is None:
             others = _other(chains[0], a.other, target), _other(chains[1], b.other, None)
         kept = consumer.kept.to(target.device)
+        states = None if consumer.states is None else consumer.states.to(target.device)
+        if isinstance(call, Gates):
+            call = call.forced_by(a.use.call, states)
         rows = call.prepared()
         samples, each = call.positions(target)
-        for held, picked in _picks(batch, samples, each, ROWS_PER_INPUT * call.summed, lanes, target.device):
+        for held, picked in _picks(batch, samples, each, wanted(call), shares, target.device):
             for part in picked.split(max(64, AT_ONCE // (call.summed * call.groups))):
                 y = call.out_rows(target, part)[:, kept]
                 if consumer.factor is not None:
@@ -170,6 +206,8 @@ class Sweep:
                 if others is not None and others[0] is not None and others[1] is not None:
                     y = y + call.out_rows(others[0], part)[:, kept] - call.out_rows(others[1], part)
                     sums.corrected = True
+                if isinstance(call, Gates) and isinstance(a.use.call, Gates) and states is not None:
+                    y = y + call.missing(a.use.call, states, kept, part)
                 y = y.reshape(len(part), call.groups, -1).transpose(0, 1)
                 (sums.held if held else sums.fit).add(rows(part, call.places(target)), y)
 
@@ -203,6 +241,8 @@ class Sweep:
     def _write(self, consumer: Consumer, use: Use, fit: Fit) -> None:
         parameters = dict(self.pruned.named_parameters())
         call, new = use.call, use.call.unmatrix(fit.weight)
+        if consumer.look_up is not None:
+            self.tied.setdefault(consumer.name, (consumer, parameters[consumer.name].clone()))
         use.region.of(parameters[consumer.name]).copy_(new)
         call.weight.copy_(new)
         if use.bias is not None and call.bias is not None:
@@ -281,14 +321,25 @@ class _Follower:
         return found
 
 
+def wanted(call: Call) -> int:
+    """How many rows to fit a call on, where there are so many."""
+    return max(ROWS, ROWS_PER_INPUT * call.summed)
+
+
+def _one(consumer: Consumer) -> int | None:
+    return id(consumer) if len(consumer.keys) > 1 else None
+
+
+def _leave(pairs: list[tuple[Batch, Lane[Stop], Lane[Stop]]], count: int) -> None:
+    """End the lanes beyond the first ``count`` pairs."""
+    for _, *lanes in pairs[count:]:
+        for lane in lanes:
+            lane.close()
+    del pairs[count:]
+
+
 def _at(lane: Lane[Stop], key: Key) -> bool:
     return lane.stop is not None and lane.stop.use.key == key
-
-
-def _bring(lane: Lane[Stop], key: Key, order: Mapping[Key, int]) -> None:
-    """Let a lane go on until it is at ``key`` or past it."""
-    while not lane.over and (lane.stop is None or order[lane.stop.use.key] < order[key]):
-        lane.advance()
 
 
 def _comparable(dense: Call, pruned: Call) -> bool:
@@ -316,17 +367,24 @@ def _refresh(call: Call, source: Call) -> None:
 
 
 def _picks(
-    batch: Batch, samples: int, each: int, wanted: int, lanes: int, device: torch.device
+    batch: Batch, samples: int, each: int, rows: int, shares: Sequence[int], device: torch.device
 ) -> Iterator[tuple[bool, Tensor]]:
-    """Which rows to fit on and which to judge by: (held out, indices), spread evenly where there are too many."""
-    most = -(-max(ROWS, wanted) // lanes)
+    """Which rows to fit on and which to judge by: (held out, indices), spread evenly where there are too many.
+
+    ``rows`` are wanted to fit on and a quarter of that to judge by, from as many batches as ``shares`` says.
+    """
+    counted = None if batch.mask is None or batch.mask.numel() != samples * each else batch.mask.flatten()
     if batch.held is None and samples < LANES:
         samples, each = samples * each, 1
     out = held_share(samples) if batch.held is None else samples * batch.held
     for held, start, stop in ((False, 0, samples - out), (True, samples - out, samples)):
-        total = (stop - start) * each
+        first, last = start * each, stop * each
+        places = None if counted is None else first + counted[first:last].nonzero().flatten()
+        total = last - first if places is None else len(places)
         if total:
-            yield held, start * each + _spread(total, max(1, most // 4) if held else most, device)
+            most = -(-rows // (4 * shares[1] if held else shares[0]))
+            picked = _spread(total, most, device)
+            yield held, first + picked if places is None else places[picked]
 
 
 def _spread(total: int, most: int, device: torch.device) -> Tensor:

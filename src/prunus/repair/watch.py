@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from prunus.repair.recurrent import CELLS, NETWORKS, Gates, run
 from prunus.repair.sites import Call, Region, locate, parse
 
 
@@ -29,6 +30,7 @@ class Use:
     region: Region
     bias: tuple[str, Region] | None
     step: int
+    beside: tuple[str, Region] | None = None  # of the product that is added to this one in a recurrent layer
 
 
 class Weights:
@@ -84,7 +86,9 @@ class Watch(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         self.step += 1
-        use = self._use(func, args, kwargs)
+        if func.overloadpacket.__name__ in RECURRENT:
+            return self._recurrent(func, args, kwargs)
+        use = self._use(parse(func, args, kwargs), self.step)
         if use is not None and self.before is not None:
             self.before(use)
         result = func(*args, **kwargs)
@@ -109,17 +113,40 @@ class Watch(TorchDispatchMode):
         if isinstance(source, Tensor) and self.find(source) is not None and _memory(result) != _memory(source):
             self._casts[_memory(result)] = (result, source)
 
-    def _use(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Use | None:
-        call = parse(func, args, kwargs)
+    def _use(self, call: Call | None, step: int) -> Use | None:
         found = None if call is None else self.find(call.weight)
         if call is None or found is None:
             return None
         name, region = found
         nth = self._counts[name] = self._counts.get(name, -1) + 1
         bias = None if call.bias is None else self.find(call.bias)
-        return Use(Key(name, nth), call, region, bias, self.step)
+        beside = None if not isinstance(call, Gates) or call.beside is None else self.find(call.beside.weight)
+        return Use(Key(name, nth), call, region, bias, step, beside)
+
+    def _recurrent(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        """Each product of a recurrent op counts as an op of its own."""
+        waiting: list[Use | None] = []
+
+        def before(call: Gates) -> None:
+            use = self._use(call, self.step + len(waiting))
+            waiting.append(use)
+            if use is not None and self.before is not None:
+                self.before(use)
+
+        def after(call: Gates) -> None:
+            use = waiting.pop(0)
+            if self.after is not None:
+                use = None if use is None else replace(use, call=call)
+                self.after(self.step, func, (call.x,), {}, call.product(), use)
+            self.step += 1
+
+        result = run(func, args, kwargs, before, after)
+        if self.after is not None:
+            self.after(self.step, func, args, kwargs, result, None)
+        return result
 
 
+RECURRENT = NETWORKS | CELLS
 _CASTS = frozenset({"to", "_to_copy", "type_as"})
 
 
