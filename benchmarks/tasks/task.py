@@ -86,3 +86,15 @@ def right_answers(test: Iterable[tuple[Any, Tensor]]) -> Callable[[nn.Module], f
         return 100 * float(torch.cat(hits).float().mean())
 
     return score
+
+
+def heads_left(pruner: Any, layer: nn.Module) -> int:
+    """Of a layer, as Torch-Pruning's pruner says; where it says 0, it left the layer as it was.
+
+    Raises:
+        ValueError: it says 0.
+    """
+    heads: int = pruner.num_heads[layer]
+    if not heads:
+        raise ValueError("at this ratio it counts no head in a layer, and leaves all of them there")
+    return heads

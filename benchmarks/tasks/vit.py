@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tasks.digits import STEPS, cross_entropy, on_digits, read
-from tasks.task import Task, fit, trained
+from tasks.task import Task, fit, heads_left, trained
 
 EPOCHS, HEADS = 100, 6
 
@@ -41,7 +41,7 @@ def vit(seed: int, cache: Path) -> Task:
     def finish(network: Any, pruner: Any) -> None:
         for block in network.blocks:
             own = block.attn
-            own.num_heads = pruner.num_heads[own.qkv] or HEADS  # where it says 0 it left the layer whole
+            own.num_heads = heads_left(pruner, own.qkv)
             own.attn_dim = own.qkv.out_features // 3
             own.head_dim = own.attn_dim // own.num_heads
 
