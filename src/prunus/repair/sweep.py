@@ -31,7 +31,7 @@ from prunus.repair.watch import Key, Use, Watch, Weights, guarded
 
 Run = Callable[[nn.Module, Any], Any]
 ROWS = 16_384  # at least so many rows are used where there are so many,
-ROWS_PER_INPUT = 32  # or so many for each unknown of an output
+ROWS_PER_INPUT = 16  # or so many for each unknown of an output
 AT_ONCE = 1 << 21  # numbers of a block of rows
 
 
@@ -199,7 +199,7 @@ class Sweep:
         rows = call.prepared()
         samples, each = call.positions(target)
         for held, picked in _picks(batch, samples, each, wanted(call), shares, target.device):
-            for part in picked.split(max(64, AT_ONCE // (call.summed * call.groups))):
+            for part in picked.split(max(call.summed // call.groups, AT_ONCE // (call.summed * call.groups), 64)):
                 y = call.out_rows(target, part)[:, kept]
                 if consumer.factor is not None:
                     y = y * consumer.factor.to(y)
