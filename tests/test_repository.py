@@ -27,7 +27,7 @@ LEVELS = [
     {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"},
     {"coupling"},
     {"drops", "plan"},
-    {"surgery", "containers", "handlers", "cost", "calibration", "importance", "functions"},
+    {"surgery", "mirrors", "containers", "handlers", "cost", "calibration", "importance", "functions"},
     {"selection", "heads", "regularize", "recover", "recipe", "report", "repair", "allocation", "budget", "obstacles"},
     {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "blocks", "utils"}
     | {"ops", "dependency", "serialization", "spending", "sensitivity", "inspection", "speed"},
