@@ -131,9 +131,9 @@ def to_units(positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
 
 
 def along(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """The sum over all dims but one."""
-    others = [d for d in range(values.dim()) if d != dim]
-    return values.sum(dim=others) if others else values
+    """The sum over all dims but one: over those before it first, which runs along memory."""
+    summed = values.sum(dim=tuple(range(dim))) if dim else values
+    return summed.sum(dim=tuple(range(1, summed.dim()))) if summed.dim() > 1 else summed
 
 
 _REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
