@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix, csr_matrix
+from scipy.sparse import coo_matrix
 
 from prunus.labels import Ids
 from prunus.ledger import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
@@ -78,7 +78,7 @@ def components(count: int, left: Ids, right: Ids) -> Ids:
         a, b = root[left], root[right]
         apart = a != b
         if not apart.any():
-            return np.unique(root, return_inverse=True)[1]
+            return (np.cumsum(root == np.arange(count)) - 1)[root]
         np.minimum.at(root, np.maximum(a, b)[apart], np.minimum(a, b)[apart])
         while not np.array_equal(above := root[root], root):
             root = above
@@ -159,6 +159,8 @@ def _piece_ties(ledger: Ledger, start: Ids) -> tuple[Ids, Ids, Ids, Ids]:
 
 def _equal_rows(ledger: Ledger, pieces: Pieces) -> Ids:
     """Pairs of coarse pieces whose rows are the same classes, and which are not one class yet."""
+    if not ledger.rows_of:
+        return np.empty((0, 2), dtype=np.int64)
     numbers = np.random.default_rng(0).integers(1, 2**63, size=int(pieces.classes.max()) + 1, dtype=np.uint64)
     found, marks = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.uint64)]
     for rows in ledger.rows_of:
@@ -225,8 +227,19 @@ def _contained(ledger: Ledger, pieces: Pieces) -> list[tuple[Ids, Ids]]:
         held = grown
 
 
-def reachable(pieces: Pieces) -> csr_matrix:
-    """``effect`` classes of each ``cause`` class, as a sparse matrix."""
+def reachable(pieces: Pieces, source: Ids, first: Ids) -> tuple[Ids, Ids]:
+    """All pairs of a source and a class that goes with it: ``first[k]`` goes with ``source[k]``, and so on.
+
+    The pairs are in order.
+    """
     count = int(pieces.classes.max()) + 1
-    ones = np.ones(pieces.cause.size, dtype=np.int32)
-    return coo_matrix((ones, (pieces.cause, pieces.effect)), shape=(count, count)).tocsr()
+    begin = np.searchsorted(pieces.cause, np.arange(count + 1))  # causes are in order
+    frontier = reached = np.unique(source * count + first)
+    while frontier.size:
+        source, cause = np.divmod(frontier, count)
+        many = begin[cause + 1] - begin[cause]
+        grown = np.repeat(source, many) * count + pieces.effect[stretches(begin[cause], many)]
+        frontier = np.setdiff1d(grown, reached)
+        reached = np.concatenate((reached, frontier))
+    source, found = np.divmod(np.sort(reached), count)
+    return source, found
