@@ -71,7 +71,7 @@ class Units:
 
     def takings(self, pieces: Ids) -> tuple[Ids, Ids]:
         """Every pair of a place in ``pieces`` and a coarse unit that takes the piece there."""
-        if not self._is_taken[pieces].any():
+        if self.taker.size == 0 or not self._is_taken[pieces].any():
             return _NONE, _NONE
         taken, takers = self._by_piece
         first = np.searchsorted(taken, pieces)
