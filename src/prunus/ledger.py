@@ -221,13 +221,12 @@ class Ledger:
         key = (fine.shape, fine.tobytes())
         coarse = self._coarse.get(key)
         if coarse is None:
-            rows = fine.reshape(-1, fine.shape[-1])
-            which = np.arange(len(rows))
+            rows, which = fine.reshape(-1, fine.shape[-1]), None
             if not self._counts_up(fine) and len(np.unique(rows[:, 0])) < len(rows):
                 rows, which = np.unique(rows, axis=0, return_inverse=True)
             own = self.fresh(len(rows))
             self.rows_of.append(Rows(own, rows))
-            coarse = self._coarse[key] = own[which].reshape(fine.shape[:-1])
+            coarse = self._coarse[key] = (own if which is None else own[which]).reshape(fine.shape[:-1])
         return coarse
 
     def belong(self, coarse: Ids, fine: Ids) -> None:
