@@ -90,10 +90,10 @@ def rank(family: Family, scores: Scores, living: NDArray[np.bool_]) -> Ranking:
     if not lanes:
         return Ranking(family, np.empty((0, 0), dtype=np.int64), np.empty(0))
     for left, quota in zip(lanes, quotas, strict=True):
-        order = left[np.argsort(np.nan_to_num(scores[left], nan=0.0), kind="stable")]
-        rows = order[: len(order) // quota * quota].reshape(-1, quota)
-        parts.append(rows)
-        values.append(np.nan_to_num(scores[rows], nan=0.0).mean(axis=1))
+        own = np.nan_to_num(scores[left], nan=0.0)
+        order = np.argsort(own, kind="stable")[: len(left) // quota * quota].reshape(-1, quota)
+        parts.append(left[order])
+        values.append(own[order].mean(axis=1))
     count = min(len(p) for p in parts)
     return Ranking(
         family, np.concatenate([p[:count] for p in parts], axis=1), np.mean([v[:count] for v in values], axis=0)

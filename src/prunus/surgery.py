@@ -136,8 +136,7 @@ def _prepare(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | No
     for name, removals in by_tensor.items():
         tensor = _tensor(model, name, removals)
         cut = _cutter(removals, kept)
-        with torch.no_grad():
-            new = cut(_scaled(tensor, scalings.get(name, ())))
+        new = cut(_scaled(tensor, scalings.get(name, ())))
         for spot in places[id(tensor)]:
             if spot.kind != "parameter":  # that is cut through its data
                 fields = spot.module._buffers if spot.kind == "buffer" else vars(spot.module)
@@ -192,7 +191,7 @@ def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tenso
         raise SurgeryError(f"the model has no tensor {name}: the plan was made for another model") from error
     if not isinstance(tensor, torch.Tensor):
         raise SurgeryError(f"{name} is no tensor in this model: the plan was made for another model")
-    if parametrize.is_parametrized(module, key):
+    if "parametrizations" in module._modules and parametrize.is_parametrized(module, key):
         raise SurgeryError(f"{name} is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first")
     if tensor.is_quantized or tensor.layout != torch.strided:
         raise SurgeryError(f"{name} is quantised or sparse; prune the float model before you convert it")
@@ -202,10 +201,6 @@ def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tenso
                 f"{name} has shape {tuple(tensor.shape)}, the plan needs {removal.size} along dim {removal.dim}: "
                 "the model was changed since the graph was built; build the graph again"
             )
-        if removal.positions and not 0 <= min(removal.positions) <= max(removal.positions) < removal.size:
-            raise SurgeryError(f"{name} dim {removal.dim}: the plan names positions that do not exist")
-        if len(set(removal.positions)) >= removal.size:
-            raise SurgeryError(f"{name} dim {removal.dim} would lose its last position")
     return tensor
 
 
@@ -231,8 +226,18 @@ class _Kept:
         """The index of what stays along a dim."""
         key = removal.size, removal.positions
         if key not in self._found:
+            _check_positions(removal)
             self._found[key] = torch.from_numpy(np.delete(np.arange(removal.size), removal.positions))
         return self._found[key]
+
+
+def _check_positions(removal: Removal) -> None:
+    """Refuse positions that do not exist, and to remove all of them."""
+    spot = f"{removal.tensor} dim {removal.dim}"
+    if removal.positions and not 0 <= min(removal.positions) <= max(removal.positions) < removal.size:
+        raise SurgeryError(f"{spot}: the plan names positions that do not exist")
+    if len(set(removal.positions)) >= removal.size:
+        raise SurgeryError(f"{spot} would lose its last position")
 
 
 def _cutter(removals: Sequence[Removal], kept: _Kept) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -320,7 +325,8 @@ def _mirror_changes(model: nn.Module, plan: Plan, layers: Sequence[str]) -> list
     changes = [_mirror(model, mirror) for mirror in plan.mirrors]
     for path in sorted({*layers, *(setting.path for setting in plan.settings)}):
         module = submodule(model, path)
-        with untouched(module) if parametrize.is_parametrized(module) else nullcontext():  # reading may compute
+        computed = "parametrizations" in module._modules  # reading may change what it is computed from
+        with untouched(module) if computed else nullcontext():
             sizes = mirrored(module)
         for key, value in sizes.items():
             if key in module.__dict__ and module.__dict__[key] != value:

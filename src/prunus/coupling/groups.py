@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -226,8 +227,9 @@ class Coupling:
 def runs_of(keys: Ids, values: Ids) -> Iterator[tuple[int, Ids]]:
     """Each key and its values, for keys in ascending order."""
     if keys.size:
-        first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
-        yield from zip(keys[first].tolist(), np.split(values, first[1:]), strict=True)
+        begins = [0, *(np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist(), len(keys)]
+        for begin, end in pairwise(begins):
+            yield keys.item(begin), values[begin:end]
 
 
 def couple(trace: Trace) -> Coupling:
