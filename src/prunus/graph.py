@@ -198,9 +198,11 @@ class DependencyGraph:
     def sides_of(self, units: Ids, coupling: Coupling | None = None) -> list[Side]:
         """The sides of layers that ``units`` cut, in the order in which the model uses them."""
         coupling = coupling or self.coupling
-        groups = coupling.group_of_unit[units]
-        slices = [s for k in np.unique(groups[groups >= 0]).tolist() for s in coupling.groups[k].slices]
-        return [side for s in slices if (side := self.sides.by_dim.get((s.held, s.dim))) is not None]
+        by_dim = self.sides.by_dim
+        slices = [
+            s for k in np.unique(coupling.group_of_unit[units]).tolist() if k >= 0 for s in coupling.groups[k].slices
+        ]
+        return [side for s in slices if (side := by_dim.get((s.held, s.dim))) is not None]
 
     def _side(self, module: Any, fn: Callable[..., Any]) -> Side:
         """The side of ``module`` that ``fn`` cuts."""

@@ -91,7 +91,7 @@ def settle(label: Label) -> Label:
     ids, context = label
     for axis in reversed(range(len(context))):
         if not varies(ids, axis):
-            ids = ids.take(0, axis=axis)
+            ids = ids.take([0], axis=axis).squeeze(axis)
             context = context[:axis] + context[axis + 1 :]
     return Label(ids, context)
 

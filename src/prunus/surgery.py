@@ -75,9 +75,9 @@ def apply(
         SurgeryError: the plan does not fit; the model is as it was.
     """
     receipt = Receipt(plan)
-    places = _places(model)
-    changes = _prepare(model, plan, optimizer, places)
-    layers = _cut_layers(model, plan, places)
+    places, targets = _places(model), _targets(model, plan)
+    changes = _prepare(model, plan, optimizer, targets, places)
+    layers = _cut_layers(targets, places)
     changes += [Change(cut.do, cut.undo) for cut in layer_cuts(model, plan, customized_pruners or {}, optimizer)]
     drops = [Change(swap.do, swap.undo) for swap in container_swaps(model, plan, optimizer)]
     try:
@@ -121,22 +121,41 @@ def _places(model: nn.Module) -> _Places:
     return found
 
 
-def _prepare(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None, places: _Places) -> list[Change]:
-    """Every change, computed and checked, none made."""
-    by_tensor: dict[str, list[Removal]] = {}
+class _Target(NamedTuple):
+    """A tensor that changes, and how."""
+
+    tensor: torch.Tensor
+    removals: list[Removal]
+    scalings: list[Scaling]
+
+
+def _targets(model: nn.Module, plan: Plan) -> list[_Target]:
+    """The tensors that change, after checking that the plan fits them."""
+    removals: dict[str, list[Removal]] = {}
     for removal in tensor_removals(plan):
-        by_tensor.setdefault(removal.tensor, []).append(removal)
+        removals.setdefault(removal.tensor, []).append(removal)
     scalings: dict[str, list[Scaling]] = {}
     for scaling in plan.scalings:
-        by_tensor.setdefault(scaling.tensor, [])
+        removals.setdefault(scaling.tensor, [])
         scalings.setdefault(scaling.tensor, []).append(scaling)
+    return [_Target(_tensor(model, name, own), own, scalings.get(name, [])) for name, own in removals.items()]
+
+
+@torch.no_grad()
+def _prepare(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    targets: Sequence[_Target],
+    places: _Places,
+) -> list[Change]:
+    """Every change, computed and checked, none made."""
     twins = _twins(places)
     kept = _Kept()
     changes: list[Change] = []
-    for name, removals in by_tensor.items():
-        tensor = _tensor(model, name, removals)
+    for tensor, removals, scalings in targets:
         cut = _cutter(removals, kept)
-        new = cut(_scaled(tensor, scalings.get(name, ())))
+        new = cut(_scaled(tensor, scalings))
         for spot in places[id(tensor)]:
             if spot.kind != "parameter":  # that is cut through its data
                 fields = spot.module._buffers if spot.kind == "buffer" else vars(spot.module)
@@ -301,10 +320,10 @@ def _swap_state(
     return [_swap_key(state, key, cut(value)) for key, value in fits.items()]
 
 
-def _cut_layers(model: nn.Module, plan: Plan, places: _Places) -> list[str]:
-    """The paths of the layers that use a tensor which is cut."""
-    cut = {id(_attribute(model, removal.tensor)) for removal in tensor_removals(plan)}
-    return sorted({layer_of(spot.path) for k in cut for spot in places[k] if spot.kind != "attribute"})
+def _cut_layers(targets: Sequence[_Target], places: _Places) -> list[str]:
+    """The paths of the layers that use a tensor which changes."""
+    spots = (spot for target in targets for spot in places[id(target.tensor)])
+    return sorted({layer_of(spot.path) for spot in spots if spot.kind != "attribute"})
 
 
 def _recomputed(model: nn.Module, plan: Plan, layers: Sequence[str]) -> list[Change]:

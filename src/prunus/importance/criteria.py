@@ -127,7 +127,10 @@ def _joined(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], size: int) -> to
 
 def to_units(positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Sums over each unit's positions: ``positions`` (..., size) and ``index`` (units, per unit) give (..., units)."""
-    return positions[..., index.to(positions.device)].sum(dim=-1).float().cpu()
+    index = index.to(positions.device)
+    if index.shape[1] == 1:
+        return positions.index_select(-1, index[:, 0]).float().cpu()
+    return positions[..., index].sum(dim=-1).float().cpu()
 
 
 def along(values: torch.Tensor, dim: int) -> torch.Tensor:

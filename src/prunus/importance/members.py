@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunus.coupling import Coupling, UnitGroup
-from prunus.held import Held, submodule
+from prunus.held import Held
 from prunus.labels import Ids
 
 
@@ -39,12 +39,12 @@ class Member:
 
 def members_of(coupling: Coupling, alive: NDArray[np.bool_], group: UnitGroup, units: Ids) -> list[Member]:
     """The members of ``units`` (all of ``group``), with positions as the tensors are after earlier cuts."""
-    rows = np.searchsorted(group.units, units)
+    rows = slice(None) if len(units) == len(group.units) else np.searchsorted(group.units, units)
     found = []
     for part in group.slices:
         held = coupling.trace.held[part.held]
         index = current_positions(held, part.dim, alive, part.positions[rows])
-        owner = submodule(coupling.trace.model, held.places[0].module)
+        owner = coupling.trace.modules[held.places[0].module]
         tensor = held.tensor if held.places[0].kind == "channels" else getattr(owner, held.places[0].name)
         reads = (part.held, part.dim) in coupling.consumers
         found.append(Member(held.name, tensor, owner, part.dim, torch.from_numpy(index), reads))

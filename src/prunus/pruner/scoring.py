@@ -29,7 +29,8 @@ def score_with(
     living = coupling.alive_units(graph.alive)
 
     def score(group: UnitGroup) -> torch.Tensor | None:
-        left = group.units[living[group.units]]
+        there = living[group.units]
+        left = group.units[there]
         scores = torch.full((len(group.units),), float("inf"), dtype=torch.float32)
         if left.size == 0:
             return scores
@@ -49,7 +50,7 @@ def score_with(
             return None
         if found.shape != (len(left),):
             raise InputError(f"the importance returned shape {tuple(found.shape)} for a group of {len(left)} units")
-        scores[torch.from_numpy(living[group.units])] = found.float().cpu()
+        scores[torch.from_numpy(there)] = found.float().cpu()
         return scores
 
     return score

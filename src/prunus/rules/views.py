@@ -275,7 +275,7 @@ def _split(
     own = [k for k, d in enumerate(axes) if d in block.outs]
     for axis in reversed(own):
         if len(block.outs) > 1 and not varies(ids, axis):
-            ids, axes = ids.take(0, axis=axis), axes[:axis] + axes[axis + 1 :]
+            ids, axes = ids.take([0], axis=axis).squeeze(axis), axes[:axis] + axes[axis + 1 :]
     inner = [d for d in axes if d in block.outs]
     outside = tuple(d for d in axes if d not in block.outs)
     while len(inner) > 1:
