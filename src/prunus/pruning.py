@@ -15,7 +15,7 @@ from prunus.allocation import Allocation, Offered, offered
 from prunus.budget import Budget, Found, Target
 from prunus.cost import LatencyModel, LatencyTable, MemoryModel
 from prunus.errors import InputError, NothingToPruneError
-from prunus.graph import DependencyGraph
+from prunus.graph import DependencyGraph, collecting_seldom
 from prunus.heads import choose_positions, choose_rows, offer
 from prunus.importance import MagnitudeImportance
 from prunus.labels import Ids
@@ -70,6 +70,7 @@ class PruneResult:
         return "\n".join((render(table), left, *spent, *self.plan.notes, *repaired))
 
 
+@collecting_seldom()
 def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     model: nn.Module,
     example_inputs: Inputs,

@@ -140,6 +140,8 @@ def _partial_takers(units: Units, ids: Ids) -> _Partial:
     pieces = units.pieces.of(ids)
     mark = units.taker_mark[pieces]
     rows = np.flatnonzero((mark != mark[:, :1]).any(axis=1))
+    if rows.size == 0:
+        return []
     place, taker = units.takings(pieces[rows].reshape(-1))
     pairs, times = np.unique(place // ids.shape[1] * units.total + taker, return_counts=True)
     pairs, times = pairs[times < ids.shape[1]], times[times < ids.shape[1]]
