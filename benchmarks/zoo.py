@@ -49,7 +49,7 @@ from zoo.networks import FAMILIES, PACKAGES, builders  # noqa: E402
 RATIO = 0.5
 LEAST_REMOVED = 0.25
 MOST_MEAN, SLOW_FROM, MOST_PASSES = 0.5, 0.05, 10.0
-TURNS, FEWEST, ENOUGH_S = 9, 3, 3.0  # how often something is timed: less often where it takes long
+TURNS, FEWEST, ENOUGH_S = 9, 3, 1.0  # how often something is timed: less often where it takes long
 BUILDING = 4  # times the limit
 Row = dict[str, Any]
 Report = Callable[[Row], None]

@@ -54,5 +54,8 @@ def members_of(coupling: Coupling, alive: NDArray[np.bool_], group: UnitGroup, u
 def current_positions(held: Held, dim: int, alive: NDArray[np.bool_], positions: Ids | Sequence[int]) -> Ids:
     """Where positions of the traced tensor are now."""
     start = held.starts[dim]
-    rank: Ids = np.cumsum(alive[start : start + held.shape[dim]]) - 1
+    here = alive[start : start + held.shape[dim]]
+    if here.all():
+        return np.asarray(positions)
+    rank: Ids = np.cumsum(here) - 1
     return rank[np.asarray(positions)]
