@@ -230,9 +230,10 @@ def judge(rows: Sequence[Row]) -> dict[str, Any]:
     slower = [title(row) for row in both if row["prunus"] > SLOW_FROM and ratios[title(row)] > 1]
     worst = max(passes, key=lambda key: passes[key]) if passes else None
     above = [row for row in rows if passes.get(title(row), 0.0) >= MOST_PASSES]
+    fails = {title(row): row["prunus_error"] for row in rows if "prunus_error" in row}
     return {
         "networks": len(rows),
-        "prunus_fails": {title(row): row["prunus_error"] for row in rows if "prunus_error" in row},
+        "prunus_fails": fails,
         "torch_pruning_can": len(both),
         "geometric_mean": mean,
         "slower": slower,
@@ -241,7 +242,7 @@ def judge(rows: Sequence[Row]) -> dict[str, Any]:
         "median_forward_passes": statistics.median(passes.values()) if passes else None,
         "above_ten_passes": {title(row): passes[title(row)] for row in above},
         "longest_of_those_ms": max((1000 * row["graph"] for row in above), default=0.0),
-        "kept": mean is not None and mean <= MOST_MEAN and not slower and not above,
+        "kept": mean is not None and mean <= MOST_MEAN and not slower and not above and not fails,
     }
 
 
@@ -268,7 +269,7 @@ def sentence(verdict: dict[str, Any]) -> str:
             f"not below: {above}{longest}",
         ),
     )
-    failed = [f"Prunus fails on {name}: {why}" for name, why in verdict["prunus_fails"].items()]
+    failed = [f"NOT KEPT: Prunus fails on {name}: {why}" for name, why in verdict["prunus_fails"].items()]
     return "\n".join([*(f"{'KEPT' if kept else 'NOT KEPT'}: {text}" for kept, text in lines), *failed])
 
 
