@@ -199,6 +199,8 @@ def _balance(ledger: Ledger, units: Units, draft: Draft, partial: list[_Partial]
 
 def _pin_overlapping(units: Units, draft: Draft) -> None:
     """Rows that share positions cannot take each other's place: they stay whole."""
+    if units.taker.size == 0:
+        return
     lane = draft.lane_of[units.base[units.taker]]
     keys, times = np.unique(lane * len(units.pieces.start) + units.taken, return_counts=True)
     for k in np.unique(keys[times > 1] // len(units.pieces.start)).tolist():
