@@ -39,7 +39,7 @@ class Member:
 
 def members_of(coupling: Coupling, alive: NDArray[np.bool_], group: UnitGroup, units: Ids) -> list[Member]:
     """The members of ``units`` (all of ``group``), with positions as the tensors are after earlier cuts."""
-    rows = slice(None) if len(units) == len(group.units) else np.searchsorted(group.units, units)
+    rows = np.searchsorted(group.units, units)
     found = []
     for part in group.slices:
         held = coupling.trace.held[part.held]
