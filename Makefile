@@ -1,13 +1,14 @@
 # make test    set everything up in .venv, then lint, types and tests
 # make demo    set everything up in .venv, then train, prune, fine-tune and export a detector on generated images
 # make bench   measure graph and repair against Torch-Pruning, and decoders too big to hold (BENCHES='budgets latency': those)
-# make bench-zoo  time whole cuts of the zoo's networks against Torch-Pruning (an hour)
+# make bench-zoo  time whole cuts of the zoo's networks against Torch-Pruning (an hour; BENCH_ZOO_ARGS='--sample 120': some)
 # make zoo     prune real networks of many libraries, built at random, and check everything on each
 # make clean   remove .venv, caches and the output of demo, bench and zoo
 
 PYTHON ?= python3
 PYTEST_ARGS ?=
 ZOO_ARGS ?=
+BENCH_ZOO_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -55,7 +56,7 @@ bench: $(MADE_BENCH)
 	done; exit $$status
 
 bench-zoo: $(MADE_BENCH) $(MADE_ZOO)
-	$(BIN)/python benchmarks/zoo.py --out runs/bench/zoo.json
+	$(BIN)/python benchmarks/zoo.py --out runs/bench/zoo.json $(BENCH_ZOO_ARGS)
 
 zoo: $(MADE_ZOO)
 	$(BIN)/python zoo/run.py --out runs/zoo $(ZOO_ARGS)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from types import ModuleType
+from unittest import mock
 
 import pytest
 
@@ -27,7 +29,7 @@ LEVELS = [
     {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"},
     {"coupling"},
     {"drops", "plan"},
-    {"surgery", "containers", "handlers", "cost", "calibration", "importance", "functions", "ops"},
+    {"surgery", "mirrors", "containers", "handlers", "cost", "calibration", "importance", "functions", "ops"},
     {"selection", "heads", "regularize", "recover", "recipe", "report", "repair", "allocation", "budget", "obstacles"},
     {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "blocks", "utils"}
     | {"dependency", "serialization", "spending", "sensitivity", "inspection", "speed", "samples", "cutting"},
@@ -189,13 +191,19 @@ def test_nothing_points_to_one_machine() -> None:
     assert not found
 
 
-def test_the_benchmark_judges_what_is_promised() -> None:
-    spec = importlib.util.spec_from_file_location("graph_benchmark", ROOT / "benchmarks" / "graph.py")
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"{name}_benchmark", ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     bench = importlib.util.module_from_spec(spec)
-    with pytest.MonkeyPatch.context() as patch:
+    with mock.patch.dict("os.environ"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
         patch.setitem(sys.modules, spec.name, bench)  # dataclasses look their module up
         spec.loader.exec_module(bench)
+    return bench
+
+
+def test_the_benchmark_judges_what_is_promised() -> None:
+    bench = benchmark("graph")
     fast = bench.Row("fast", forward=[2.0, 1.0], prunus=[1.5, 3.0], torch_pruning=[3.0])
     hung = bench.Row("hung", forward=[1.0], prunus=[2.5], torch_pruning_error="no end in 60 s")
     verdict = bench.judge([fast, hung])
@@ -208,6 +216,38 @@ def test_the_benchmark_judges_what_is_promised() -> None:
     assert not bench.judge([fast, slow])["kept"]
     assert not bench.judge([fast, broken])["kept"]
     assert "Prunus failed on broken" in bench.sentence(bench.judge([fast, broken]))
+
+
+def test_the_benchmark_of_whole_cuts_judges_what_is_promised() -> None:
+    bench = benchmark("zoo")
+
+    def row(name: str, **found: object) -> dict[str, object]:
+        return {"family": "f", "name": name, **found}
+
+    fast = row("fast", forward=0.1, graph=0.1, prunus=0.2, torch_pruning=0.8)
+    tiny = row("tiny", forward=0.01, graph=0.02, prunus=0.04, torch_pruning=0.04, torch_pruning_error="")
+    alone = row("alone", forward=0.001, graph=0.01, prunus=0.02, torch_pruning_error="IndexError: 3")
+    verdict = bench.judge([fast, tiny])
+    assert verdict["kept"]
+    assert verdict["geometric_mean"] == pytest.approx(0.5)
+    assert bench.sentence(verdict).count("KEPT") == 3
+    assert "NOT KEPT" not in bench.sentence(verdict)
+    assert list(bench.judge([fast, alone])["above_ten_passes"]) == ["f/alone"]
+    slow = row("slow", forward=1.0, graph=1.0, prunus=2.0, torch_pruning=1.0)
+    assert bench.judge([fast, slow])["slower"] == ["f/slow"]
+    broken = row("broken", prunus_error="KeyError: 1")
+    for other in (alone, slow, broken):
+        assert not bench.judge([fast, tiny, fast, other])["kept"]
+        assert "NOT KEPT" in bench.sentence(bench.judge([fast, tiny, fast, other]))
+    assert not bench.judge([])["kept"]
+
+
+def test_a_sample_of_the_zoo_is_spread_evenly_and_the_same_each_time() -> None:
+    names = [f"net{k}" for k in range(10)]
+    bench = benchmark("zoo")
+    assert bench.sampled(names, 1) == names
+    assert bench.sampled(names, 3) == ["net1", "net4", "net7"]
+    assert bench.sampled(names[:2], 9) == ["net0"]
 
 
 def snippets() -> list[tuple[int, str]]:

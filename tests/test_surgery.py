@@ -120,7 +120,7 @@ def test_fault_at_every_change_leaves_the_model_as_it_was(monkeypatch) -> None:
     model = Mixed()
     plan = plan_for(model)
     prepare = surgery._prepare
-    total = len(prepare(model, plan, None))
+    total = len(prepare(model, plan, None, surgery._targets(model, plan), surgery._places(model)))
     assert total > 8
     before = snapshot(model)
 

@@ -12,6 +12,8 @@ import torch
 
 from prunus.sizes import Size
 
+_LIBRARIES = tuple(f"{Path(module).parent}{os.sep}" for module in (torch.__file__, __file__))
+
 
 class PythonCall:
     """The call of a torch function in the model's code: finds the ints among its arguments."""
@@ -80,8 +82,7 @@ class PythonCall:
     def place(self) -> str:
         """File and line of the innermost code outside torch and this package."""
         frame = sys._getframe(1)
-        torch_home, own_home = f"{Path(torch.__file__).parent}{os.sep}", f"{Path(__file__).parent}{os.sep}"
-        while frame.f_back is not None and frame.f_code.co_filename.startswith((torch_home, own_home)):
+        while frame.f_back is not None and frame.f_code.co_filename.startswith(_LIBRARIES):
             frame = frame.f_back
         return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 

@@ -57,8 +57,8 @@ def _lacking(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_
 
 
 @contextmanager
-def _collecting_seldom() -> Iterator[None]:
-    """What is recorded is many small tuples that stay: Python's collector would look at them again and again."""
+def collecting_seldom() -> Iterator[None]:
+    """What is found is many small tuples that stay: Python's collector would look at them again and again."""
     before = gc.get_threshold()
     gc.set_threshold(max(SELDOM, before[0]) if before[0] else 0, *before[1:])
     try:
@@ -67,7 +67,7 @@ def _collecting_seldom() -> Iterator[None]:
         gc.set_threshold(*before)
 
 
-SELDOM = 50_000  # new objects between two looks of Python's collector while a model is traced
+SELDOM = 50_000  # new objects between two looks of Python's collector meanwhile
 ROOT_TYPES: tuple[type, ...] = (_ConvNd, nn.Linear)
 
 
@@ -132,7 +132,7 @@ class DependencyGraph:
         """
         pruners = {**self._pruners, **(customized_pruners or {})}
         whole = getattr(model, "_orig_mod", model)
-        with _collecting_seldom():
+        with collecting_seldom():
             found = trace(whole, example_inputs, forward_fn, output_transform, device, pruners)
             self._only = apply_hints(
                 found, tuple(ignored_layers or ()), tuple(ignored_params or ()), unwrapped_parameters
@@ -198,9 +198,11 @@ class DependencyGraph:
     def sides_of(self, units: Ids, coupling: Coupling | None = None) -> list[Side]:
         """The sides of layers that ``units`` cut, in the order in which the model uses them."""
         coupling = coupling or self.coupling
-        groups = coupling.group_of_unit[units]
-        slices = [s for k in np.unique(groups[groups >= 0]).tolist() for s in coupling.groups[k].slices]
-        return [side for s in slices if (side := self.sides.by_dim.get((s.held, s.dim))) is not None]
+        by_dim = self.sides.by_dim
+        slices = [
+            s for k in np.unique(coupling.group_of_unit[units]).tolist() if k >= 0 for s in coupling.groups[k].slices
+        ]
+        return [side for s in slices if (side := by_dim.get((s.held, s.dim))) is not None]
 
     def _side(self, module: Any, fn: Callable[..., Any]) -> Side:
         """The side of ``module`` that ``fn`` cuts."""

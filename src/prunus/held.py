@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +99,14 @@ _NO_TENSOR = frozenset({bool, int, float, str, dict, list, tuple, set, OrderedDi
 Modules = list[tuple[str, nn.Module]]  # every path of every module
 
 
+def own_tensors(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+    """The tensors that a module keeps itself: parameter, buffer or attribute, the name, the tensor."""
+    for kind, fields in (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", vars(module))):
+        for name, value in fields.items():
+            if type(value) not in _NO_TENSOR and isinstance(value, torch.Tensor):  # most types are told by a look
+                yield kind, name, value
+
+
 def held_tensors(modules: Modules) -> tuple[list[Held], dict[int, int]]:
     """Every tensor the model keeps, once, and the index of each by identity.
 
@@ -113,26 +121,20 @@ def held_tensors(modules: Modules) -> tuple[list[Held], dict[int, int]]:
                 f"{path or 'the model'} is compiled by TorchScript, which hides its tensors: prune the Python module, "
                 "then script or trace it"
             )
-        kinds = (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", module.__dict__))
-        for kind, fields in kinds:
-            for name, tensor in fields.items():
-                if type(tensor) in _NO_TENSOR or not isinstance(tensor, torch.Tensor) or name.startswith("__"):
-                    continue
-                k = index.get(id(tensor))
-                if k is None:
-                    if is_lazy(tensor):
-                        raise InputError(f"{path}.{name} is not initialised yet: run the model once before pruning it")
-                    twins = by_memory.setdefault(_address(tensor), [])
-                    k = (
-                        next((t for t in twins if _same_view(held[t].tensor, tensor)), len(held))
-                        if twins
-                        else len(held)
-                    )
-                    index[id(tensor)] = k
-                    if k == len(held):
-                        twins.append(k)
-                        held.append(Held(tensor, [], tuple(tensor.shape), [-1] * tensor.dim()))
-                held[k].places.append(Place(path, name, kind))
+        for kind, name, tensor in own_tensors(module):
+            if name.startswith("__"):
+                continue
+            k = index.get(id(tensor))
+            if k is None:
+                if is_lazy(tensor):
+                    raise InputError(f"{path}.{name} is not initialised yet: run the model once before pruning it")
+                twins = by_memory.setdefault(_address(tensor), [])
+                k = next((t for t in twins if _same_view(held[t].tensor, tensor)), len(held))
+                index[id(tensor)] = k
+                if k == len(held):
+                    twins.append(k)
+                    held.append(Held(tensor, [], tuple(tensor.shape), [-1] * tensor.dim()))
+            held[k].places.append(Place(path, name, kind))
     return held, index
 
 

@@ -74,13 +74,24 @@ class Numbered(tuple):  # type: ignore[type-arg]
         return self
 
 
+def varies(ids: Ids, axis: int) -> bool:
+    """Whether ids differ along an axis.
+
+    Example:
+        >>> ids = np.array([[1, 2], [1, 2]])
+        >>> varies(ids, 0), varies(ids, 1)
+        (False, True)
+    """
+    rows = ids.swapaxes(0, axis)
+    return rows[0].item(0) != rows[-1].item(0) or bool((rows[1:] != rows[0]).any())
+
+
 def settle(label: Label) -> Label:
     """The label without the context dims along which its ids do not vary."""
     ids, context = label
     for axis in reversed(range(len(context))):
-        first = ids.take([0], axis=axis)
-        if ids.shape[axis] == 1 or bool((ids == first).all()):
-            ids = first.squeeze(axis)
+        if not varies(ids, axis):
+            ids = ids.take([0], axis=axis).squeeze(axis)
             context = context[:axis] + context[axis + 1 :]
     return Label(ids, context)
 

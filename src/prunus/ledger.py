@@ -139,7 +139,8 @@ class Ledger:
         self.evaluated = 0  # how many steps the run in eval mode had (one in training mode may follow)
         self.matched: set[int] = set()  # those of `numbers` that are known to have entered a scale, and nothing else
         self.uniform: set[int] = set()  # ids (by object) of dims along which all values are equal
-        self._line: Ids = np.arange(1 << 14)  # runs are cut from it; kept by the runs when it is outgrown
+        self._line: Ids = np.arange(1 << 14)  # runs are cut from it
+        self._lines = {id(self._line): self._line}  # this one, and those that were outgrown
         self.kept: list[tuple[int, int]] = []  # first atom and number of those on tensors that the model keeps
         self.guards: list[Guard] = []
         self.limits: list[Limit] = []
@@ -147,7 +148,6 @@ class Ledger:
         self.meaning: dict[int, tuple[str, Ids, Ids]] = {}  # ids (by object) -> see mean()
         self._ties: list[tuple[int, int, int, int, int]] = []
         self._seen: set[tuple[int, int, int, int]] = set()
-        self._spans: dict[int, tuple[Ids, int]] = {}
         self.starts: list[int] = [0]  # first atom of every run handed out
         self._coarse: dict[tuple[tuple[int, ...], bytes], Ids] = {}
 
@@ -155,19 +155,22 @@ class Ledger:
         """New consecutive atoms."""
         if self.size + count > len(self._line):
             self._line = np.arange(2 * (self.size + count))
+            self._lines[id(self._line)] = self._line
         ids: Ids = self._line[self.size : self.size + count]
-        self._spans[id(ids)] = (ids, self.size)
         self.starts.append(self.size)
         self.size += count
         return ids
+
+    def _counts_up(self, ids: Ids) -> bool:
+        """Whether ids are seen to count up by one from the first to the last, as they were handed out."""
+        return ids.flags.c_contiguous and id(ids.base) in self._lines
 
     def tie(self, left: Ids, right: Ids) -> None:
         """Positions that live or die together; ``left`` and ``right`` have one shape."""
         if left is right or left.size == 0:
             return
-        a, b = self._spans.get(id(left)), self._spans.get(id(right))
-        if a is not None and b is not None:
-            self._add(a[1], b[1], left.size, ONE_TO_ONE)
+        if self._counts_up(left) and self._counts_up(right):
+            self._add(left.item(0), right.item(0), left.size, ONE_TO_ONE)
             return
         kinds = _kinds(left, right)
         for kind, many in ((LEFT_IS_ONE, right), (RIGHT_IS_ONE, left)):
@@ -218,13 +221,12 @@ class Ledger:
         key = (fine.shape, fine.tobytes())
         coarse = self._coarse.get(key)
         if coarse is None:
-            rows = fine.reshape(-1, fine.shape[-1])
-            which = np.arange(len(rows))
-            if len(np.unique(rows[:, 0])) < len(rows):
+            rows, which = fine.reshape(-1, fine.shape[-1]), None
+            if not self._counts_up(fine) and len(np.unique(rows[:, 0])) < len(rows):
                 rows, which = np.unique(rows, axis=0, return_inverse=True)
             own = self.fresh(len(rows))
             self.rows_of.append(Rows(own, rows))
-            coarse = self._coarse[key] = own[which].reshape(fine.shape[:-1])
+            coarse = self._coarse[key] = (own if which is None else own[which]).reshape(fine.shape[:-1])
         return coarse
 
     def belong(self, coarse: Ids, fine: Ids) -> None:
@@ -302,6 +304,8 @@ class Ledger:
 def _runs(left: Ids, right: Ids, kinds: Ids) -> list[Any]:
     """Rows ``(start, start, length, kind)`` of maximal stretches in which both sides count up by one."""
     breaks = np.flatnonzero((left[1:] - left[:-1] != 1) | (right[1:] - right[:-1] != 1)) + 1
+    if not breaks.size:
+        return [(left.item(0), right.item(0), left.size, kinds.item(0))]
     starts = np.concatenate(([0], breaks))
     lengths = np.diff(np.concatenate((starts, [left.size])))
     kind = kinds[starts * kinds.size // left.size] if kinds.size > 1 else np.broadcast_to(kinds, starts.shape)

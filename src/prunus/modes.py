@@ -339,6 +339,7 @@ class FunctionMode(TorchFunctionMode):
     def __init__(self, tracer: Tracer) -> None:
         super().__init__()
         self.tracer = tracer
+        self._unguarded: dict[Any, Callable[..., Any]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -360,8 +361,10 @@ class FunctionMode(TorchFunctionMode):
                 if isinstance(size, Size):
                     size.enters_value()
         if func in COMPOSED_IN_PYTHON:
+            if func not in self._unguarded:
+                self._unguarded[func] = unguarded(func)
             with self:
-                return unguarded(func)(*args, **kwargs)
+                return self._unguarded[func](*args, **kwargs)
         before, tracer.call = tracer.call, PythonCall(func, args, kwargs)
         try:
             return func(*args, **kwargs)

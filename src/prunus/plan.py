@@ -19,7 +19,6 @@ from numpy.typing import NDArray
 from prunus.coupling import Coupling
 from prunus.drops import Cut, Drop, cuts_then, drops_then, earlier_name, read_drops
 from prunus.errors import InputError, SurgeryError
-from prunus.held import Held
 from prunus.labels import Ids, surviving
 from prunus.sizes import Attribute, Fact, expression_of, leaves, read_attribute, solve_all
 
@@ -269,30 +268,35 @@ def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact
     """
     after, gone = alive.copy(), coupling.atoms_of(units)
     after[gone] = False
-    removals = []
-    for held, dim in _touched(coupling, gone):
-        start, n = held.starts[dim], held.shape[dim]
-        here = alive[start : start + n]
-        stays = after[start : start + n][here]
-        if stays.all():
-            continue
-        if not stays.any():
-            raise SurgeryError(f"{held.name} dim {dim} would lose its last position; remove fewer")
-        removals.append(Removal(held.name, dim, stays.size, tuple(np.flatnonzero(~stays).tolist())))
+    removals = _removals(coupling, alive, gone[alive[gone]])
     _check_parts(coupling, after)
     settings = _settings(coupling, after)
     mirrors = _mirrors(coupling, facts)
     scalings, notes = _scalings(coupling, alive, after)
     costs = footprint(coupling, alive), footprint(coupling, after)
-    return Plan(tuple(removals), settings, *costs, mirrors, coupling.trace.pruners, scalings, notes), after
+    return Plan(removals, settings, *costs, mirrors, coupling.trace.pruners, scalings, notes), after
 
 
-def _touched(coupling: Coupling, atoms: Ids) -> list[tuple[Held, int]]:
-    """The dims of tensors that may hold some of ``atoms``, in the order of the tensors."""
-    axes = np.unique(np.searchsorted(coupling.axis_start, atoms, side="right") - 1)
+def _removals(coupling: Coupling, alive: Alive, gone: Ids) -> tuple[Removal, ...]:
+    """Which positions of which dims go with the living atoms ``gone`` (ascending), in the order of the tensors."""
+    living = np.concatenate(([0], np.cumsum(alive)))  # atoms before each one
+    rank = living[gone]
+    axes = np.unique(np.searchsorted(coupling.axis_start, gone, side="right") - 1)
     axes = axes[axes >= 0]
-    pairs = sorted(zip(coupling.axis_held[axes].tolist(), coupling.axis_dim[axes].tolist(), strict=True))
-    return [(coupling.trace.held[held], dim) for held, dim in pairs]
+    axes = axes[np.lexsort((coupling.axis_dim[axes], coupling.axis_held[axes]))]
+    held = [coupling.trace.held[k] for k in coupling.axis_held[axes].tolist()]
+    dims = coupling.axis_dim[axes].tolist()
+    start = coupling.axis_start[axes]
+    end = start + np.array([h.shape[d] for h, d in zip(held, dims, strict=True)], dtype=np.int64)
+    before = living[start]
+    columns = (np.searchsorted(gone, start), np.searchsorted(gone, end), before, living[end] - before)
+    found = []
+    for h, dim, first, last, least, size in zip(held, dims, *(column.tolist() for column in columns), strict=True):
+        if last - first == size > 0:
+            raise SurgeryError(f"{h.name} dim {dim} would lose its last position; remove fewer")
+        if last > first:
+            found.append(Removal(h.name, dim, size, tuple((rank[first:last] - least).tolist())))
+    return tuple(found)
 
 
 def _check_parts(coupling: Coupling, alive: Alive) -> None:

@@ -14,7 +14,7 @@ from prunus.budget import Budget, Target
 from prunus.cost import LatencyTable
 from prunus.cutting import Order, carry_out
 from prunus.errors import InputError, TargetError
-from prunus.graph import DependencyGraph
+from prunus.graph import DependencyGraph, collecting_seldom
 from prunus.heads import offer
 from prunus.plan import Alive, Footprint, Plan
 from prunus.pruner import Criterion, HeadShares
@@ -72,6 +72,7 @@ class PruneResult:
         )
 
 
+@collecting_seldom()
 def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     model: nn.Module,
     example_inputs: Inputs,

@@ -9,7 +9,7 @@ was read from a shape), an attribute must be set, or (a plain number in the code
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import isnan
 from typing import Any, NamedTuple, TypeAlias
@@ -68,13 +68,11 @@ Expression: TypeAlias = "Attribute | Extent | Binary | int"
 Lookup: TypeAlias = "Callable[[Attribute | Extent], float | None]"
 
 
-def leaves(expression: Expression) -> Iterator[Attribute | Extent]:
+def leaves(expression: Expression) -> tuple[Attribute | Extent, ...]:
     """The attributes and extents that an expression mentions."""
     if isinstance(expression, Binary):
-        yield from leaves(expression.left)
-        yield from leaves(expression.right)
-    elif not isinstance(expression, int):
-        yield expression
+        return leaves(expression.left) + leaves(expression.right)
+    return () if isinstance(expression, int) else (expression,)
 
 
 _ARITHMETIC: dict[str, Callable[[float, float], float]] = {
@@ -269,7 +267,7 @@ class Size(int):
             if isinstance(self.expression, Attribute) and isinstance(other.expression, Attribute):
                 self.ledger.equal.append((self.expression, other.expression))
             for told, extent in ((self, other), (other, self)):
-                known = [*leaves(told.expression)]
+                known = leaves(told.expression)
                 if known and all(isinstance(k, Attribute) for k in known) and isinstance(extent.expression, Extent):
                     self.ledger.require(told, extent.expression.ids)
 

@@ -10,13 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
@@ -24,7 +22,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 from prunus.containers import container_swaps
 from prunus.errors import SurgeryError
 from prunus.handlers import layer_cuts, tensor_removals
-from prunus.held import layer_of, submodule
+from prunus.held import layer_of, own_tensors, submodule
+from prunus.mirrors import mirrored
 from prunus.plan import Mirror, Plan, Removal, Scaling
 from prunus.sizes import attribute_home
 from prunus.untouched import untouched
@@ -76,7 +75,9 @@ def apply(
         SurgeryError: the plan does not fit; the model is as it was.
     """
     receipt = Receipt(plan)
-    changes = _prepare(model, plan, optimizer)
+    places, targets = _places(model), _targets(model, plan)
+    changes = _prepare(model, plan, optimizer, targets, places)
+    layers = _cut_layers(targets, places)
     changes += [Change(cut.do, cut.undo) for cut in layer_cuts(model, plan, customized_pruners or {}, optimizer)]
     drops = [Change(swap.do, swap.undo) for swap in container_swaps(model, plan, optimizer)]
     try:
@@ -84,7 +85,7 @@ def apply(
             change.do()
             receipt.changes.append(change)
         for follow in (_recomputed, _mirror_changes):
-            for change in follow(model, plan):
+            for change in follow(model, plan, layers):
                 change.do()
                 receipt.changes.append(change)
         for change in drops:  # last: until then every module has the name that the plan knows
@@ -98,31 +99,77 @@ def apply(
     return receipt
 
 
-def _prepare(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | None) -> list[Change]:
-    """Every change, computed and checked, none made."""
-    by_tensor: dict[str, list[Removal]] = {}
+class _Spot(NamedTuple):
+    """Where a tensor hangs: the path of the module, the module, parameter, buffer or attribute, and the name in it."""
+
+    path: str
+    module: nn.Module
+    kind: str
+    name: str
+    tensor: torch.Tensor
+
+
+_Places: TypeAlias = "dict[int, list[_Spot]]"
+
+
+def _places(model: nn.Module) -> _Places:
+    """Every place of every tensor that the model keeps, by the tensor's identity."""
+    found: _Places = {}
+    for path, module in model.named_modules():
+        for kind, name, tensor in own_tensors(module):
+            found.setdefault(id(tensor), []).append(_Spot(path, module, kind, name, tensor))
+    return found
+
+
+class _Target(NamedTuple):
+    """A tensor that changes, and how."""
+
+    tensor: torch.Tensor
+    removals: list[Removal]
+    scalings: list[Scaling]
+
+
+def _targets(model: nn.Module, plan: Plan) -> list[_Target]:
+    """The tensors that change, after checking that the plan fits them."""
+    removals: dict[str, list[Removal]] = {}
     for removal in tensor_removals(plan):
-        by_tensor.setdefault(removal.tensor, []).append(removal)
+        removals.setdefault(removal.tensor, []).append(removal)
     scalings: dict[str, list[Scaling]] = {}
     for scaling in plan.scalings:
-        by_tensor.setdefault(scaling.tensor, [])
+        removals.setdefault(scaling.tensor, [])
         scalings.setdefault(scaling.tensor, []).append(scaling)
-    aliases = _aliases(model)
-    twins: dict[Any, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        twins.setdefault(_memory(parameter), []).append(parameter)
+    return [_Target(_tensor(model, name, own), own, scalings.get(name, [])) for name, own in removals.items()]
+
+
+@torch.no_grad()
+def _prepare(
+    model: nn.Module,
+    plan: Plan,
+    optimizer: torch.optim.Optimizer | None,
+    targets: Sequence[_Target],
+    places: _Places,
+) -> list[Change]:
+    """Every change, computed and checked, none made."""
+    twins = _twins(places)
+    kept = _Kept()
     changes: list[Change] = []
-    for name, removals in by_tensor.items():
-        tensor = _tensor(model, name, removals)
-        cut = _cutter(removals)
-        with torch.no_grad():
-            new = cut(_scaled(tensor, scalings.get(name, ())))
-        for module, key in aliases[id(tensor)]:
-            changes.append(_swap_tensor(module, key, new))
+    for tensor, removals, scalings in targets:
+        cut = _cutter(removals, kept)
+        new = cut(_scaled(tensor, scalings))
+        for spot in places[id(tensor)]:
+            if spot.kind != "parameter":  # that is cut through its data
+                fields = spot.module._buffers if spot.kind == "buffer" else vars(spot.module)
+                changes.append(_swap_key(fields, spot.name, new))
         for twin in twins.get(_memory(tensor), ()) if isinstance(tensor, nn.Parameter) else ():
             changes += _swap_data(twin, new, cut)
             if optimizer is not None:
                 changes += _swap_state(optimizer, twin, cut)
+    return changes + _swap_settings(model, plan)
+
+
+def _swap_settings(model: nn.Module, plan: Plan) -> list[Change]:
+    """The attributes that change."""
+    changes = []
     for setting in plan.settings:
         try:
             home, key = attribute_home(model, setting.attribute)
@@ -137,14 +184,12 @@ def _prepare(model: nn.Module, plan: Plan, optimizer: torch.optim.Optimizer | No
     return changes
 
 
-def _aliases(model: nn.Module) -> dict[int, list[tuple[nn.Module, str]]]:
-    """Every place (module, name) of every tensor that the model keeps, by the tensor's identity."""
-    found: dict[int, list[tuple[nn.Module, str]]] = {}
-    for module in model.modules():
-        for fields in (module._parameters, module._buffers, module.__dict__):
-            for key, tensor in fields.items():
-                if isinstance(tensor, torch.Tensor):
-                    found.setdefault(id(tensor), []).append((module, key))
+def _twins(places: _Places) -> dict[Any, list[nn.Parameter]]:
+    """The parameters by what is equal for those over the same memory."""
+    found: dict[Any, list[nn.Parameter]] = {}
+    for first, *_ in places.values():
+        if isinstance(first.tensor, nn.Parameter):
+            found.setdefault(_memory(first.tensor), []).append(first.tensor)
     return found
 
 
@@ -165,7 +210,7 @@ def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tenso
         raise SurgeryError(f"the model has no tensor {name}: the plan was made for another model") from error
     if not isinstance(tensor, torch.Tensor):
         raise SurgeryError(f"{name} is no tensor in this model: the plan was made for another model")
-    if parametrize.is_parametrized(module, key):
+    if "parametrizations" in module._modules and parametrize.is_parametrized(module, key):
         raise SurgeryError(f"{name} is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first")
     if tensor.is_quantized or tensor.layout != torch.strided:
         raise SurgeryError(f"{name} is quantised or sparse; prune the float model before you convert it")
@@ -175,10 +220,6 @@ def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tenso
                 f"{name} has shape {tuple(tensor.shape)}, the plan needs {removal.size} along dim {removal.dim}: "
                 "the model was changed since the graph was built; build the graph again"
             )
-        if removal.positions and not 0 <= min(removal.positions) <= max(removal.positions) < removal.size:
-            raise SurgeryError(f"{name} dim {removal.dim}: the plan names positions that do not exist")
-        if len(set(removal.positions)) >= removal.size:
-            raise SurgeryError(f"{name} dim {removal.dim} would lose its last position")
     return tensor
 
 
@@ -195,28 +236,43 @@ def _scaled(tensor: torch.Tensor, scalings: Sequence[Scaling]) -> torch.Tensor:
     return tensor
 
 
-def _cutter(removals: list[Removal]) -> Callable[[torch.Tensor], torch.Tensor]:
+class _Kept:
+    """The positions that stay, as an index; dims that shrink together share it."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+
+    def of(self, removal: Removal) -> torch.Tensor:
+        """The index of what stays along a dim."""
+        key = removal.size, removal.positions
+        if key not in self._found:
+            _check_positions(removal)
+            self._found[key] = torch.from_numpy(np.delete(np.arange(removal.size), removal.positions))
+        return self._found[key]
+
+
+def _check_positions(removal: Removal) -> None:
+    """Refuse positions that do not exist, and to remove all of them."""
+    spot = f"{removal.tensor} dim {removal.dim}"
+    if removal.positions and not 0 <= min(removal.positions) <= max(removal.positions) < removal.size:
+        raise SurgeryError(f"{spot}: the plan names positions that do not exist")
+    if len(set(removal.positions)) >= removal.size:
+        raise SurgeryError(f"{spot} would lose its last position")
+
+
+def _cutter(removals: Sequence[Removal], kept: _Kept) -> Callable[[torch.Tensor], torch.Tensor]:
     """What keeps the surviving positions of a tensor of that shape."""
+    stay = [(removal.dim, kept.of(removal)) for removal in removals]
 
     def cut(tensor: torch.Tensor) -> torch.Tensor:
         out = tensor.detach()
-        for removal in removals:
-            keep = np.ones(removal.size, dtype=bool)
-            keep[np.array(removal.positions, dtype=np.int64)] = False
-            out = out.index_select(removal.dim, torch.from_numpy(np.flatnonzero(keep)).to(tensor.device))
+        for dim, index in stay:
+            out = out.index_select(dim, index.to(tensor.device))
         if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
             return out.contiguous(memory_format=torch.channels_last)
         return out.contiguous()
 
     return cut
-
-
-def _swap_tensor(module: nn.Module, key: str, new: torch.Tensor) -> Change:
-    """A buffer or a plain attribute; a parameter is cut through its data."""
-    fields = module._buffers if key in module._buffers else module.__dict__
-    if key in module._parameters:
-        return Change(lambda: None, lambda: None)
-    return _swap_key(fields, key, new)
 
 
 def _swap_key(fields: dict[str, Any], key: str, new: Any) -> Change:
@@ -265,20 +321,16 @@ def _swap_state(
     return [_swap_key(state, key, cut(value)) for key, value in fits.items()]
 
 
-def _cut_layers(model: nn.Module, plan: Plan) -> set[str]:
-    """The paths of the layers that use a tensor which was cut."""
-    cut = {id(_attribute(model, removal.tensor)) for removal in tensor_removals(plan)}
-    return {
-        layer_of(path)
-        for path, module in model.named_modules()
-        if any(id(t) in cut for t in (*module._parameters.values(), *module._buffers.values()))
-    }
+def _cut_layers(targets: Sequence[_Target], places: _Places) -> list[str]:
+    """The paths of the layers that use a tensor which changes."""
+    spots = (spot for target in targets for spot in places[id(target.tensor)])
+    return sorted({layer_of(spot.path) for spot in spots if spot.kind != "attribute"})
 
 
-def _recomputed(model: nn.Module, plan: Plan) -> list[Change]:
+def _recomputed(model: nn.Module, plan: Plan, layers: Sequence[str]) -> list[Change]:
     """Weights that a hook computes before each forward, of the (already cut) tensors."""
     changes = []
-    for path in sorted(_cut_layers(model, plan)):
+    for path in layers:
         module = submodule(model, path)
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, (WeightNorm, SpectralNorm)):
@@ -288,13 +340,13 @@ def _recomputed(model: nn.Module, plan: Plan) -> list[Change]:
     return changes
 
 
-def _mirror_changes(model: nn.Module, plan: Plan) -> list[Change]:
+def _mirror_changes(model: nn.Module, plan: Plan, layers: Sequence[str]) -> list[Change]:
     """Attributes that repeat a width of the (already cut) tensors."""
-    owners = _cut_layers(model, plan) | {setting.path for setting in plan.settings}
     changes = [_mirror(model, mirror) for mirror in plan.mirrors]
-    for path in sorted(owners):
+    for path in sorted({*layers, *(setting.path for setting in plan.settings)}):
         module = submodule(model, path)
-        with untouched(module) if parametrize.is_parametrized(module) else nullcontext():  # reading may compute
+        computed = "parametrizations" in module._modules  # reading may change what it is computed from
+        with untouched(module) if computed else nullcontext():
             sizes = mirrored(module)
         for key, value in sizes.items():
             if key in module.__dict__ and module.__dict__[key] != value:
@@ -317,62 +369,6 @@ def _mirror(model: nn.Module, mirror: Mirror) -> Change:
     if size % mirror.divide:
         raise SurgeryError(f"{mirror.tensor} dim {mirror.dim} has size {size}, not a multiple of {mirror.divide}")
     return _swap_key(submodule(model, mirror.path).__dict__, mirror.name, size // mirror.divide)
-
-
-def mirrored(module: nn.Module) -> dict[str, Any]:
-    """What the size attributes of a ``torch.nn`` module must be, given its tensors (nothing for other modules)."""
-    for kind, sizes in _MIRRORED.items():
-        if isinstance(module, kind):
-            return sizes(module)
-    return {}
-
-
-def _conv(m: Any) -> dict[str, Any]:
-    first, second = m.weight.shape[:2]
-    if isinstance(m, _ConvTransposeNd):
-        return {"in_channels": first, "out_channels": second * m.groups}
-    return {"out_channels": first, "in_channels": second * m.groups}
-
-
-def _norm(m: Any) -> dict[str, Any]:
-    found = next((t for t in (m.weight, m.running_mean) if t is not None), None)
-    return {} if found is None else {"num_features": found.shape[0]}
-
-
-def _recurrent(m: Any) -> dict[str, Any]:
-    gates = {"LSTM": 4, "GRU": 3}.get(m.mode, 1)
-    found = {"input_size": m.weight_ih_l0.shape[1], "hidden_size": m.weight_ih_l0.shape[0] // gates}
-    if m.proj_size:
-        found["proj_size"] = m.weight_hr_l0.shape[0]
-    return found
-
-
-def _cell(m: Any) -> dict[str, Any]:
-    return {"input_size": m.weight_ih.shape[1], "hidden_size": m.weight_hh.shape[1]}
-
-
-def _attention(m: Any) -> dict[str, Any]:
-    width = m.in_proj_weight.shape[1] if m._qkv_same_embed_dim else m.q_proj_weight.shape[1]  # of the queries
-    found = {"embed_dim": width, "kdim": width, "vdim": width, "head_dim": width // m.num_heads}
-    if not m._qkv_same_embed_dim:
-        found.update(kdim=m.k_proj_weight.shape[1], vdim=m.v_proj_weight.shape[1])
-    return found
-
-
-_MIRRORED: dict[type, Callable[[Any], dict[str, Any]]] = {
-    _ConvNd: _conv,
-    nn.Linear: lambda m: {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]},
-    nn.Bilinear: lambda m: dict(zip(("out_features", "in1_features", "in2_features"), m.weight.shape, strict=True)),
-    nn.Embedding: lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]},
-    _NormBase: _norm,
-    nn.LayerNorm: lambda m: {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)},
-    nn.RMSNorm: lambda m: {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)},
-    nn.GroupNorm: lambda m: {} if m.weight is None else {"num_channels": m.weight.shape[0]},
-    nn.PReLU: lambda m: {"num_parameters": m.weight.shape[0]},
-    nn.RNNBase: _recurrent,
-    nn.RNNCellBase: _cell,
-    nn.MultiheadAttention: _attention,
-}
 
 
 @contextmanager

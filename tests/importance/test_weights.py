@@ -175,3 +175,16 @@ def test_a_users_layerwise_criterion() -> None:
             return rows.reshape(len(rows), -1).amax(dim=1)[member.index].amax(dim=1)
 
     assert close(Largest("sum", None)(group_of(chain())), [1 + 3 + 2.0, 2 + 0.5 + 4.0])
+
+
+def test_scores_of_a_whole_group_are_in_the_order_of_its_indices() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2))
+    graph = tp.DependencyGraph().build_dependency(model, torch.randn(1, 3))
+    score = tp.importance.MagnitudeImportance(normalizer=None)
+    ascending, shuffled = (
+        score(graph.get_pruning_group(model[0], tp.prune_linear_out_channels, idxs))
+        for idxs in ([0, 1, 2, 3], [2, 0, 3, 1])
+    )
+    assert len(ascending.unique()) == 4
+    assert torch.equal(shuffled, ascending[[2, 0, 3, 1]])

@@ -9,11 +9,12 @@ keeps all constraints of degree one, so a family of lanes with sizes ``s`` has `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prunus.coupling.constraints import Constraints, is_own_size
 from prunus.coupling.families import Draft, Family
@@ -77,19 +78,19 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids, partial: list[_Partial]) -> 
     """Units of one kind that are in the same rows of the same balances form a lane."""
     random = np.random.default_rng(0)
     mark = np.zeros(units.total, dtype=np.uint64)
+    rows = [row for balance in ledger.balances for row in balance.ids]
+    numbers = random.integers(1, 2**63, size=len(rows), dtype=np.uint64)
+    _add_marks(mark, units, rows, numbers)
+    begin = 0
     for balance, takings in zip(ledger.balances, partial, strict=True):
-        rows = units.unit_of(balance.ids)
-        numbers = np.broadcast_to(random.integers(1, 2**63, size=(len(rows), 1), dtype=np.uint64), rows.shape)
-        np.add.at(mark, rows[rows >= 0], numbers[rows >= 0])
         for k, takers, times in takings:
-            mark[takers] += numbers[k, 0] * times.astype(np.uint64)
+            mark[takers] += numbers[begin + k] * times.astype(np.uint64)
+        begin += len(balance.ids)
     parts = _sized_parts(ledger)
-    for ids, number in zip(parts, random.integers(1, 2**63, size=len(parts), dtype=np.uint64), strict=True):
-        members = units.unit_of(ids).reshape(-1)
-        np.add.at(mark, members[members >= 0], number)
-        if ids.ndim == 1:
-            takers, times = np.unique(units.takers_of(units.pieces.of(ids)), return_counts=True)
-            mark[takers] += number * times.astype(np.uint64)
+    numbers = random.integers(1, 2**63, size=len(parts), dtype=np.uint64)
+    _add_marks(mark, units, [ids.reshape(-1) for ids in parts], numbers)
+    whole = [k for k, ids in enumerate(parts) if ids.ndim == 1]
+    _add_marks_of_takers(mark, units, [parts[k] for k in whole], numbers[whole])
     fine = units.fine_of(np.arange(units.total))
     free = np.flatnonzero(units.free[fine])
     keys = mark[free] + kind[fine[free]].astype(np.uint64)
@@ -101,6 +102,23 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids, partial: list[_Partial]) -> 
     ends = np.cumsum(np.bincount(rank, minlength=len(first)))
     lanes = np.split(free[np.argsort(rank, kind="stable")], ends[:-1]) if free.size else []
     return Draft(lane_of, list(lanes), np.arange(len(lanes)))
+
+
+def _add_marks(mark: NDArray[np.uint64], units: Units, rows: Sequence[Ids], numbers: NDArray[np.uint64]) -> None:
+    """Add the number of each row to the units that may be chosen in it."""
+    if rows:
+        members = units.unit_of(np.concatenate(rows))
+        number = np.repeat(numbers, [row.size for row in rows])
+        np.add.at(mark, members[members >= 0], number[members >= 0])
+
+
+def _add_marks_of_takers(
+    mark: NDArray[np.uint64], units: Units, rows: Sequence[Ids], numbers: NDArray[np.uint64]
+) -> None:
+    """Add the number of each row to the coarse units that take its positions, once for each position."""
+    if rows:
+        places, takers = units.takings(units.pieces.of(np.concatenate(rows)))
+        np.add.at(mark, takers, np.repeat(numbers, [row.size for row in rows])[places])
 
 
 def _sized_parts(ledger: Ledger) -> list[Ids]:
@@ -122,6 +140,8 @@ def _partial_takers(units: Units, ids: Ids) -> _Partial:
     pieces = units.pieces.of(ids)
     mark = units.taker_mark[pieces]
     rows = np.flatnonzero((mark != mark[:, :1]).any(axis=1))
+    if rows.size == 0:
+        return []
     place, taker = units.takings(pieces[rows].reshape(-1))
     pairs, times = np.unique(place // ids.shape[1] * units.total + taker, return_counts=True)
     pairs, times = pairs[times < ids.shape[1]], times[times < ids.shape[1]]
@@ -179,6 +199,8 @@ def _balance(ledger: Ledger, units: Units, draft: Draft, partial: list[_Partial]
 
 def _pin_overlapping(units: Units, draft: Draft) -> None:
     """Rows that share positions cannot take each other's place: they stay whole."""
+    if units.taker.size == 0:
+        return
     lane = draft.lane_of[units.base[units.taker]]
     keys, times = np.unique(lane * len(units.pieces.start) + units.taken, return_counts=True)
     for k in np.unique(keys[times > 1] // len(units.pieces.start)).tolist():

@@ -38,14 +38,15 @@ class Constraints:
         self.expressions: list[Expression] = []
         self.by_lane: dict[int, set[int]] = {}
         self.using: dict[Attribute, list[int]] = {}
+        self.attributes: list[list[Attribute]] = []  # that each requirement mentions
         for requirement in ledger.requirements:
             self._add(requirement, expression_of(requirement.asked))
 
     def _add(self, requirement: Requirement, expression: Expression) -> None:
         """Keep a requirement if something that may go changes one of its sizes."""
-        used = list(leaves(expression))
         if is_own_size(requirement):
             return
+        used = leaves(expression)
         rows = [requirement.ids, *(leaf.ids for leaf in used if isinstance(leaf, Extent))]
         k = len(self.requirements)
         self.requirements.append(requirement)
@@ -53,9 +54,9 @@ class Constraints:
         for row in rows:
             for lane in self.content(row):
                 self.by_lane.setdefault(lane, set()).add(k)
-        for leaf in used:
-            if isinstance(leaf, Attribute):
-                self.using.setdefault(leaf, []).append(k)
+        self.attributes.append([leaf for leaf in used if isinstance(leaf, Attribute)])
+        for attribute in self.attributes[k]:
+            self.using.setdefault(attribute, []).append(k)
 
     def content(self, ids: Ids) -> dict[int, int]:
         """How many positions of a row go with each lane (a coarse unit that takes one of several rows is left out)."""
@@ -181,12 +182,14 @@ class Constraints:
         members = np.flatnonzero(self.draft.family_of == family).tolist()
         found = set().union(*(self.by_lane.get(lane, set()) for lane in members))
         todo = list(found)
+        seen: set[Attribute] = set()
         while todo:
-            for leaf in leaves(self.expressions[todo.pop()]):
-                for k in self.using.get(leaf, ()) if isinstance(leaf, Attribute) else ():
-                    if k not in found:
-                        found.add(k)
-                        todo.append(k)
+            for attribute in self.attributes[todo.pop()]:
+                if attribute not in seen:
+                    seen.add(attribute)
+                    new = [k for k in self.using[attribute] if k not in found]
+                    found.update(new)
+                    todo += new
         return sorted(found)
 
 
@@ -207,10 +210,10 @@ def is_own_size(requirement: Requirement) -> bool:
 
 def _tally(values: Ids) -> dict[int, int]:
     """How often each value occurs."""
-    if values.size and (values == values[0]).all():
-        return {int(values[0]): values.size}
     if values.size == 0:
         return {}
+    if (values == values[0]).all():
+        return {int(values[0]): values.size}
     times = np.bincount(values + 1)
     found = np.flatnonzero(times)
     return dict(zip((found - 1).tolist(), times[found].tolist(), strict=True))

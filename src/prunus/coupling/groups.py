@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -52,26 +53,24 @@ class UnitGroup:
     @cached_property
     def slices(self) -> tuple[Slice, ...]:
         """The dims that the group cuts, in the order in which the model uses them."""
-        found = self.coupling
-        own = np.concatenate([found.pieces_of(f) for f in self.fines])
-        taken = [(f, p) for f in self.fines for p in found.units.takes.get(f, _NONE).tolist()]
-        lengths = np.concatenate((found.pieces.length[own], found.pieces.length[[p for _, p in taken]]))
-        pieces = np.concatenate((own, np.array([p for _, p in taken], dtype=np.int64)))
-        piece = np.repeat(pieces, lengths)
-        position = stretches(found.pieces.start[pieces], lengths)
-        unit = stretches(found.units.base[found.pieces.fine[pieces]], lengths)
-        whole = int(lengths[len(own) :].sum())
-        if whole:
-            bases = found.units.base[[f for f, _ in taken]]
-            unit[-whole:] = np.repeat(bases, lengths[len(own) :])
-        axis = found.axis_of_piece[piece]
+        found, own = self.coupling, self.coupling.units
+        parts = [found.pieces_of(f) for f in self.fines]
+        whole = [own.takes.get(f, _NONE) for f in self.fines] if self.coarse else []
+        piece = np.concatenate(parts + whole)
+        base = np.repeat(own.base[[*self.fines, *self.fines][: len(parts + whole)]], [len(p) for p in parts + whole])
+        moves = np.arange(len(piece)) < sum(map(len, parts))  # from unit to unit; a row takes all of what it takes
+        real = found.axis_of_piece[piece] >= 0
+        piece, base, moves = piece[real], base[real], moves[real]
+        start, length, axis = found.pieces.start[piece], found.pieces.length[piece], found.axis_of_piece[piece]
+        position, axis = stretches(start, length), np.repeat(axis, length)
+        unit = np.repeat(base, length)
+        unit += (position - np.repeat(start, length)) * np.repeat(moves, length)
         order = np.lexsort((position, unit, axis))
-        order = order[axis[order] >= 0]
         axis, position = axis[order], position[order]
-        parts = []
+        cuts = []
         for k, index in runs_of(axis, position - found.axis_start[axis]):
-            parts.append(Slice(int(found.axis_held[k]), int(found.axis_dim[k]), index.reshape(len(self.units), -1)))
-        return tuple(parts)
+            cuts.append(Slice(int(found.axis_held[k]), int(found.axis_dim[k]), index.reshape(len(self.units), -1)))
+        return tuple(cuts)
 
 
 @dataclass(frozen=True)
@@ -226,8 +225,9 @@ class Coupling:
 def runs_of(keys: Ids, values: Ids) -> Iterator[tuple[int, Ids]]:
     """Each key and its values, for keys in ascending order."""
     if keys.size:
-        first = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))
-        yield from zip(keys[first].tolist(), np.split(values, first[1:]), strict=True)
+        begins = [0, *(np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist(), len(keys)]
+        for begin, end in pairwise(begins):
+            yield keys.item(begin), values[begin:end]
 
 
 def couple(trace: Trace) -> Coupling:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix, csr_matrix
 
 from prunus.labels import Ids
 from prunus.ledger import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
@@ -78,7 +77,7 @@ def components(count: int, left: Ids, right: Ids) -> Ids:
         a, b = root[left], root[right]
         apart = a != b
         if not apart.any():
-            return np.unique(root, return_inverse=True)[1]
+            return (np.cumsum(root == np.arange(count)) - 1)[root]
         np.minimum.at(root, np.maximum(a, b)[apart], np.minimum(a, b)[apart])
         while not np.array_equal(above := root[root], root):
             root = above
@@ -159,6 +158,8 @@ def _piece_ties(ledger: Ledger, start: Ids) -> tuple[Ids, Ids, Ids, Ids]:
 
 def _equal_rows(ledger: Ledger, pieces: Pieces) -> Ids:
     """Pairs of coarse pieces whose rows are the same classes, and which are not one class yet."""
+    if not ledger.rows_of:
+        return np.empty((0, 2), dtype=np.int64)
     numbers = np.random.default_rng(0).integers(1, 2**63, size=int(pieces.classes.max()) + 1, dtype=np.uint64)
     found, marks = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.uint64)]
     for rows in ledger.rows_of:
@@ -201,32 +202,57 @@ def _contained(ledger: Ledger, pieces: Pieces) -> list[tuple[Ids, Ids]]:
     """Classes of coarse atoms whose row holds the whole row of another one, and of that other one."""
     if len(ledger.rows_of) < 2:
         return []
-    rows = [pieces.classes[pieces.of(r.fine)] for r in ledger.rows_of]
+    members = [pieces.classes[pieces.of(r.fine)] for r in ledger.rows_of]
     coarse = np.concatenate([pieces.classes[pieces.of(r.coarse)] for r in ledger.rows_of])
-    number = np.repeat(np.arange(len(coarse)), np.concatenate([np.full(len(r), r.shape[1]) for r in rows]))
-    shape = (len(coarse), int(pieces.classes.max()) + 1)
-    own = coo_matrix((np.ones(number.size), (number, np.concatenate([r.reshape(-1) for r in rows]))), shape).tocsr()
-    own.data[:] = 1
-    length = np.diff(own.indptr)
-    row_of = coo_matrix((np.ones(coarse.size), (coarse, np.arange(coarse.size))), (shape[1], shape[0])).tocsr()
-    nested = bool(np.isin(coarse, own.indices).any())
-    held = own
+    number = np.repeat(np.arange(len(coarse)), np.concatenate([np.full(len(m), m.shape[1]) for m in members]))
+    count = int(pieces.classes.max()) + 1
+    held = np.unique(number * count + np.concatenate([m.reshape(-1) for m in members]))  # pairs (row, class)
+    row, member = np.divmod(held, count)
+    length = np.bincount(row)
+    holders, content, rows_of = _Relation(member, row, count), _Relation(row, member, len(coarse)), None
+    if np.isin(coarse, member).any():  # what a row holds may be rows themselves
+        rows_of = _Relation(coarse, np.arange(len(coarse)), count)
     while True:
-        if nested:  # what a row holds may be rows themselves
-            held = held + held @ (row_of @ own)
-            held.data[:] = 1
-        shared = (held @ own.T).tocoo()
-        whole = (shared.data == length[shared.col]) & (coarse[shared.row] != coarse[shared.col])
-        outer, inner = shared.row[whole], coarse[shared.col[whole]]
-        grown = held + coo_matrix((np.ones(inner.size), (outer, inner)), shape).tocsr()
-        if not nested or grown.nnz == held.nnz:
+        if rows_of is not None:
+            inside = content.follow(*rows_of.follow(*np.divmod(held, count)))
+            held = np.union1d(held, inside[0] * count + inside[1])
+        outer, inner = holders.follow(*np.divmod(held, count))
+        pairs, times = np.unique(outer * len(coarse) + inner, return_counts=True)
+        outer, inner = np.divmod(pairs, len(coarse))
+        whole = (times == length[inner]) & (coarse[outer] != coarse[inner])
+        outer, inner = outer[whole], coarse[inner[whole]]
+        grown = np.union1d(held, outer * count + inner)
+        if rows_of is None or grown.size == held.size:
             return [(coarse[outer], inner)]
-        grown.data[:] = 1
         held = grown
 
 
-def reachable(pieces: Pieces) -> csr_matrix:
-    """``effect`` classes of each ``cause`` class, as a sparse matrix."""
+class _Relation:
+    """Which numbers belong to each key (below ``count``)."""
+
+    def __init__(self, keys: Ids, values: Ids, count: int) -> None:
+        order = np.argsort(keys, kind="stable")
+        self._values = values[order]
+        self._first = np.searchsorted(keys[order], np.arange(count + 1))
+
+    def follow(self, sources: Ids, keys: Ids) -> tuple[Ids, Ids]:
+        """Each source with each of the numbers that belong to its key."""
+        first = self._first[keys]
+        many = self._first[keys + 1] - first
+        return np.repeat(sources, many), self._values[stretches(first, many)]
+
+
+def reachable(pieces: Pieces, source: Ids, first: Ids) -> tuple[Ids, Ids]:
+    """All pairs of a source and a class that goes with it: ``first[k]`` goes with ``source[k]``, and so on.
+
+    The pairs are in order.
+    """
     count = int(pieces.classes.max()) + 1
-    ones = np.ones(pieces.cause.size, dtype=np.int32)
-    return coo_matrix((ones, (pieces.cause, pieces.effect)), shape=(count, count)).tocsr()
+    effects = _Relation(pieces.cause, pieces.effect, count)
+    frontier = reached = np.unique(source * count + first)
+    while frontier.size:
+        source, effect = effects.follow(*np.divmod(frontier, count))
+        frontier = np.setdiff1d(source * count + effect, reached)
+        reached = np.concatenate((reached, frontier))
+    source, found = np.divmod(np.sort(reached), count)
+    return source, found

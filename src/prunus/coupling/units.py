@@ -7,7 +7,6 @@ from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.sparse import coo_matrix
 
 from prunus.coupling.pieces import Pieces, reachable, stretches
 from prunus.labels import Ids
@@ -72,7 +71,7 @@ class Units:
 
     def takings(self, pieces: Ids) -> tuple[Ids, Ids]:
         """Every pair of a place in ``pieces`` and a coarse unit that takes the piece there."""
-        if not self._is_taken[pieces].any():
+        if self.taker.size == 0 or not self._is_taken[pieces].any():
             return _NONE, _NONE
         taken, takers = self._by_piece
         first = np.searchsorted(taken, pieces)
@@ -183,27 +182,18 @@ def _frozen_pieces(pieces: Pieces, freezes: tuple[Freeze, ...], *, hard: bool) -
 
 def _takes(pieces: Pieces, stay: Ids) -> tuple[Ids, Ids]:
     """Fine atoms that may go and take more than themselves, and each piece that goes as a whole with them."""
-    graph = reachable(pieces)
-    leading = np.flatnonzero((np.diff(graph.indptr) > 0)[pieces.classes] & (stay[pieces.fine] < 0))
+    count = int(pieces.classes.max()) + 1
+    leads = np.zeros(count, dtype=bool)
+    leads[pieces.cause] = True
+    leading = np.flatnonzero(leads[pieces.classes] & (stay[pieces.fine] < 0))
     if leading.size == 0:
         return _NONE, _NONE
-    fines, row = np.unique(pieces.fine[leading], return_inverse=True)
-    ones = np.ones(leading.size, dtype=np.int32)
-    reached = coo_matrix((ones, (row, pieces.classes[leading])), shape=(len(fines), graph.shape[0])).tocsr()
-    reached.data[:] = 1  # a class on several pieces was summed
-    frontier = reached
-    while frontier.nnz:
-        grown = reached + frontier @ graph
-        grown.data[:] = 1
-        frontier = grown - reached
-        frontier.eliminate_zeros()
-        reached = grown
+    fines, classes = reachable(pieces, pieces.fine[leading], pieces.classes[leading])
     order = np.argsort(pieces.classes, kind="stable")
-    first = np.searchsorted(pieces.classes[order], np.arange(graph.shape[0] + 1))
-    classes = reached.indices
+    first = np.searchsorted(pieces.classes[order], np.arange(count + 1))
     lengths = first[classes + 1] - first[classes]
     taken = order[stretches(first[classes], lengths)]
-    taker = np.repeat(np.repeat(fines, np.diff(reached.indptr)), lengths)
+    taker = np.repeat(fines, lengths)
     other = pieces.fine[taken] != taker
     taker, taken = taker[other], taken[other]
     by = np.lexsort((taken, taker))

@@ -149,13 +149,16 @@ def _joined(parts: Sequence[tuple[torch.Tensor, torch.Tensor]], size: int) -> to
 
 def to_units(positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Sums over each unit's positions: ``positions`` (..., size) and ``index`` (units, per unit) give (..., units)."""
-    return positions[..., index.to(positions.device)].sum(dim=-1).float().cpu()
+    index = index.to(positions.device)
+    if index.shape[1] == 1:
+        return positions.index_select(-1, index[:, 0]).float().cpu()
+    return positions[..., index].sum(dim=-1).float().cpu()
 
 
 def along(values: torch.Tensor, dim: int) -> torch.Tensor:
-    """The sum over all dims but one."""
-    others = [d for d in range(values.dim()) if d != dim]
-    return values.sum(dim=others) if others else values
+    """The sum over all dims but one: over those before it first, which runs along memory."""
+    summed = values.sum(dim=tuple(range(dim))) if dim else values
+    return summed.sum(dim=tuple(range(1, summed.dim()))) if summed.dim() > 1 else summed
 
 
 _REDUCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {

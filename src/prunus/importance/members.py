@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from prunus.coupling import Coupling, UnitGroup
-from prunus.held import Held, submodule
+from prunus.held import Held
 from prunus.labels import Ids
 
 
@@ -46,7 +46,7 @@ def members_of(coupling: Coupling, alive: NDArray[np.bool_], group: UnitGroup, u
         held = coupling.trace.held[part.held]
         positions = part.positions if rows is None else part.positions[rows]
         index = current_positions(held, part.dim, alive, positions)
-        owner = submodule(coupling.trace.model, held.places[0].module)
+        owner = coupling.trace.modules[held.places[0].module]
         tensor = held.tensor if held.places[0].kind == "channels" else getattr(owner, held.places[0].name)
         reads = (part.held, part.dim) in coupling.consumers
         found.append(Member(held.name, tensor, owner, part.dim, torch.from_numpy(index), reads))

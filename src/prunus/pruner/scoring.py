@@ -46,7 +46,8 @@ def score_with(
     living = coupling.alive_units(graph.alive)
 
     def score(group: UnitGroup) -> torch.Tensor | None:
-        left = group.units[living[group.units]]
+        there = living[group.units]
+        left = group.units[there]
         scores = torch.full((len(group.units),), float("inf"), dtype=torch.float32)
         if left.size == 0:
             return scores
@@ -65,7 +66,7 @@ def score_with(
         if found is None:
             return None
         _check_scores(found, len(left), root.node.name)
-        scores[torch.from_numpy(living[group.units])] = found.detach().float().cpu()
+        scores[torch.from_numpy(there)] = found.detach().float().cpu()
         return scores
 
     return score

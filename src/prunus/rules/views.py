@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from prunus.labels import Dims, Ids, Label, Labelled, settle
+from prunus.labels import Dims, Ids, Label, Labelled, settle, varies
 from prunus.rules.table import Op, rule
 
 aten = torch.ops.aten
@@ -196,15 +196,14 @@ def reshape(op: Op, x: Labelled, shape: Sequence[int]) -> Dims:
         return tuple(out)
     parts = blocks(x.shape, shape)
     home = {d: b for b in parts for d in b.ins}
-    simple = all(len(b.ins) == 1 and len(b.outs) == 1 for b in parts)
-    where = {b.ins[0]: b.outs[0] for b in parts}
+    moved = {b.ins[0]: b.outs[0] for b in parts if len(b.ins) == 1 and len(b.outs) == 1}
     for block in parts:
         labelled = [d for d in block.ins if x.dims[d] is not None]
         if not labelled:
             continue
-        if simple:
-            label = x.dims[block.ins[0]]
-            out[block.outs[0]] = label.rename(where) if label is not None else None
+        label = x.dims[block.ins[0]]
+        if label is not None and moved.keys() >= {*block.ins, *label.context}:
+            out[block.outs[0]] = label.rename(moved)
             continue
         leaf = _merged(op, x, block, labelled)
         _split(op, x, shape, block, leaf, home, out)
@@ -275,8 +274,7 @@ def _split(
     ids, axes = _layout(x, shape, [*others, block], leaf)
     own = [k for k, d in enumerate(axes) if d in block.outs]
     for axis in reversed(own):
-        varies = ids.shape[axis] > 1 and not bool((ids == ids.take([0], axis=axis)).all())
-        if not varies and len(block.outs) > 1:
+        if len(block.outs) > 1 and not varies(ids, axis):
             ids, axes = ids.take([0], axis=axis).squeeze(axis), axes[:axis] + axes[axis + 1 :]
     inner = [d for d in axes if d in block.outs]
     outside = tuple(d for d in axes if d not in block.outs)
@@ -295,6 +293,7 @@ def _layout(x: Labelled, shape: Sequence[int], parts: list[Block], leaf: _Leaf) 
     wide = [d for b in parts for d in b.ins]
     order = [known.index(d) for d in wide if d in known]
     ids = leaf.ids.transpose(order)[tuple(slice(None) if d in known else None for d in wide)]
-    ids = np.broadcast_to(ids, tuple(x.shape[d] for d in wide))
+    sizes = tuple(x.shape[d] for d in wide)
+    ids = ids if ids.shape == sizes else np.broadcast_to(ids, sizes)
     axes = [d for b in parts for d in b.outs]
     return ids.reshape(tuple(shape[d] for d in axes)), axes
