@@ -399,3 +399,30 @@ def test_a_ratio_of_widths_stays_a_whole_number(oracle) -> None:
     oracle(model, torch.randn(2, 5, 6))
     prunus.prune(model, torch.randn(2, 5, 6), prunus.Target(ratio=0.5))
     assert model.heads * model.ratio * model.key == model.v.weight.shape[0] < 16
+
+
+class Shifted(nn.Module):
+    """A share of the channels, ``1 / share``, comes from the frame before; the next share from the frame after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = 4
+        self.first, self.second = nn.Linear(3, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.first(x)
+        fold = x.shape[-1] // self.share
+        out = torch.zeros_like(x)
+        out[:, :-1, :fold] = x[:, 1:, :fold]
+        out[:, 1:, fold : 2 * fold] = x[:, :-1, fold : 2 * fold]
+        out[:, :, 2 * fold :] = x[:, :, 2 * fold :]
+        return self.second(out)
+
+
+def test_a_share_of_a_width_keeps_its_divisor(oracle) -> None:
+    """The divisor could change in whole numbers for one part alone; the other parts need it as it is, so all join."""
+    model = Shifted()
+    found = oracle(model, torch.randn(2, 5, 3))
+    assert found.bundles == 4
+    prunus.prune(model, torch.randn(2, 5, 3), prunus.Target(ratio=0.5))
+    assert (model.share, model.first.weight.shape[0]) == (4, 8)
