@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunus.calls import PythonCall
 from prunus.held import Held, Modules
+from prunus.higher import inside
 from prunus.labels import Dims, Label, Labelled, Numbered, unlabelled
 from prunus.ledger import Ledger
 from prunus.rules import Op, lookup
@@ -61,6 +62,8 @@ class _Entry(NamedTuple):
 
 class Tracer(TorchDispatchMode):
     """Applies the rule of every op that runs; with ``hollow``, costly kernels give zeros instead (see standins.py)."""
+
+    supports_higher_order_operators = True
 
     def __init__(
         self, ledger: Ledger, held: Sequence[Held], index: dict[int, int], modules: Modules, *, hollow: bool = False
@@ -163,8 +166,9 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         entry = self._entries.get(id(func)) or self._classify(func)
         if entry.composite:
-            with self:
-                result = func.decompose(*args, **kwargs)
+            kernel = inside(func)
+            with self, nullcontext() if kernel is None else FunctionMode(self):
+                result = (kernel or func.decompose)(*args, **kwargs)
             if result is not NotImplemented:
                 return result
         if entry.mutable and args:
@@ -186,6 +190,9 @@ class Tracer(TorchDispatchMode):
             raise HollowValueError(func.name())
 
     def _classify(self, func: Any) -> _Entry:
+        if inside(func) is not None:
+            self._entries[id(func)] = entry = _Entry(str(func), None, True, False, False, False, None, False)
+            return entry
         rule = lookup(func)
         composite = rule is None and torch._C._dispatch_has_kernel_for_dispatch_key(
             func.name(), "CompositeImplicitAutograd"

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -214,3 +215,44 @@ def test_adapters_are_pruned_with_their_layer(oracle) -> None:
     tp.prune(model, TOKENS, tp.Target(ratio=0.5))
     assert model[0].b.out_features == model[2].a.in_features == 4
     assert model[0].a.out_features == 2
+
+
+class Flexible(nn.Module):
+    """Attention whose scores are changed by a function, with shared keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.shared, self.slope = 4, 2, nn.Parameter(torch.rand(()))
+        self.q, self.kv, self.out = nn.Linear(6, 24), nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q = self.q(x).view(n, t, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(x).view(n, t, 2, self.shared, -1).permute(2, 0, 3, 1, 4)
+        y = flex_attention(q, k, v, lambda score, b, h, i, j: score + (i - j) * self.slope, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(n, t, -1))
+
+
+def test_flex_attention_is_looked_into(oracle) -> None:
+    """The function between scores and softmax is traced too: heads and head dims go as in any other attention."""
+    found = oracle(Flexible(), TOKENS)
+    assert found.frozen == {"q.weight:1", "kv.weight:1", "out.weight:0", "out.bias:0"}
+    assert (found.groups, found.model.heads) == (2, 4)
+
+
+class Branching(nn.Module):
+    """One of two branches, by the value of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.other, self.last = (nn.Linear(a, b) for a, b in ((6, 8), (8, 8), (8, 8), (8, 4)))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(torch.cond(x.sum() > -1e9, lambda y: self.one(y).relu(), lambda y: self.other(y), (x,)))
+
+
+def test_the_branch_that_cond_takes_is_looked_into() -> None:
+    report = tp.verify(Branching().eval(), TOKENS)
+    assert report.ok
+    assert not report.unsupported
