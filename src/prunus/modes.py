@@ -53,7 +53,7 @@ class _Entry(NamedTuple):
     name: str
     rule: Rule | None
     composite: bool
-    mutable: bool
+    writes: tuple[int, ...]  # which of its arguments it changes
     makes: bool
     dtypes: bool
     standin: Standin | None
@@ -171,8 +171,9 @@ class Tracer(TorchDispatchMode):
                 result = (kernel or func.decompose)(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if entry.mutable and args:
-            self._keep(args[0])
+        for k in entry.writes:
+            if k < len(args):
+                self._keep(args[k])
         if self._any_hollow and entry.decides:
             self._refuse_to_look(func, args, kwargs)
         result = entry.standin(*args, **kwargs) if self._allows_hollow and entry.standin is not None else None
@@ -191,7 +192,7 @@ class Tracer(TorchDispatchMode):
 
     def _classify(self, func: Any) -> _Entry:
         if inside(func) is not None:
-            self._entries[id(func)] = entry = _Entry(str(func), None, True, False, False, False, None, False)
+            self._entries[id(func)] = entry = _Entry(str(func), None, True, (), False, False, None, False)
             return entry
         rule = lookup(func)
         composite = rule is None and torch._C._dispatch_has_kernel_for_dispatch_key(
@@ -204,7 +205,7 @@ class Tracer(TorchDispatchMode):
             name,
             rule,
             composite,
-            func._schema.is_mutable,
+            written(func) if func._schema.is_mutable else (),
             always,
             name in NEEDS_DTYPES,
             standin_for(func),
@@ -222,7 +223,7 @@ class Tracer(TorchDispatchMode):
         hollow = made_up or (self._any_hollow and any(i.hollow for i in inputs))
         if hollow:
             self._any_hollow = True
-            self._leaked = self._leaked or (entry.mutable and not inputs[0].hollow)
+            self._leaked = self._leaked or (entry.writes and not inputs[0].hollow)
         if not entry.makes and not any(i.labelled for i in inputs):
             self._pass_over(entry, inputs, outputs if hollow else [])
             return
@@ -268,7 +269,7 @@ class Tracer(TorchDispatchMode):
 
     def _mark(self, tensor: torch.Tensor, labelled: Labelled, entry: _Entry) -> None:
         """Remember what is known of a result."""
-        if entry.mutable and MARK not in tensor.__dict__:
+        if entry.writes and MARK not in tensor.__dict__:
             self._lasting[id(tensor)] = (tensor, labelled)
         else:
             setattr(tensor, MARK, labelled)
@@ -310,6 +311,12 @@ class Tracer(TorchDispatchMode):
         if isinstance(value, (list, tuple)) and value and type(value[0]) not in _NUMBERS:
             return [self._lower(v, inputs) for v in value]
         return value
+
+
+def written(func: Any) -> tuple[int, ...]:
+    """The places of the arguments that an op changes."""
+    arguments = func._schema.arguments
+    return tuple([k for k, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write])
 
 
 def tensors_among(values: Iterable[Any]) -> Iterator[torch.Tensor]:

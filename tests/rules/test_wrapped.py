@@ -249,10 +249,43 @@ class Branching(nn.Module):
 
     def forward(self, x):
         x = self.first(x)
-        return self.last(torch.cond(x.sum() > -1e9, lambda y: self.one(y).relu(), lambda y: self.other(y), (x,)))
+        return self.last(torch.cond(x.sum() > -1e9, lambda y: self.one(y).relu(), self.other, (x,)))
 
 
 def test_the_branch_that_cond_takes_is_looked_into() -> None:
     report = tp.verify(Branching().eval(), TOKENS)
     assert report.ok
+    assert not report.unsupported
+
+
+class Observed(nn.Module):
+    """Weights quantised with ranges that are observed as it runs, also in eval mode."""
+
+    def __init__(self, per_channel: bool) -> None:
+        super().__init__()
+        self.per_channel = per_channel
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+        count = 8 if per_channel else 1
+        for name, kind in (("low", torch.float), ("high", torch.float), ("scale", torch.float), ("zero", torch.int)):
+            self.register_buffer(name, torch.ones(count).to(kind))
+        self.register_buffer("on", torch.ones(1, dtype=torch.long))
+
+    def forward(self, x):
+        ranges = (self.low, self.high, self.scale, self.zero, 0.01, -128, 127, 0, self.per_channel)
+        weight = torch.fused_moving_avg_obs_fake_quant(self.first.weight, self.on, self.on, *ranges)
+        return self.last(F.linear(x, weight, self.first.bias))
+
+
+def test_an_op_that_writes_to_several_tensors_leaves_them_as_they_were(model_state, states_equal) -> None:
+    model = Observed(per_channel=False).eval()
+    before = model_state(model)
+    graph = tp.DependencyGraph().build_dependency(model, TOKENS)
+    assert states_equal(before, model_state(model))
+    assert len(graph.get_pruning_group(model.first, tp.prune_linear_out_channels, [1])) > 1
+
+
+def test_channels_with_whole_zero_points_stay_and_the_cure_is_told() -> None:
+    report = tp.verify(Observed(per_channel=True).eval(), TOKENS)
+    assert report.prunable_share == 0
+    assert "prune before preparing quantisation" in report.frozen
     assert not report.unsupported
