@@ -76,6 +76,14 @@ class Requirement(NamedTuple):
     place: str
 
 
+class Cut(NamedTuple):
+    """Positions ``first`` to ``last`` of a dim with the atoms ``ids``, seen in the memory of the whole."""
+
+    ids: Ids
+    first: int
+    last: int
+
+
 class MacTerm(NamedTuple):
     """``factor`` times the product of the surviving lengths of ``rows``: multiply-adds of one step."""
 
@@ -128,6 +136,7 @@ class Ledger:
         self.requirements: list[Requirement] = []
         self.whole_rows: list[Ids] = []  # rows tied to one thing: of each goes the same as of the others, or all
         self.parts: list[Ids] = []  # stretches that the code cuts out, which may not become empty
+        self.cuts: list[Cut] = []  # stretches of a dim that were viewed in place
         self.macs: list[MacTerm] = []
         self.contracted: list[Ids] = []  # dims summed over by a contraction
         self.paired: list[Ids] = []  # dims summed over where neither factor is a tensor that the model keeps
@@ -253,6 +262,16 @@ class Ledger:
     def limit(self, ids: Ids, reason: str, *, least: int = 1, multiple: int = 1) -> None:
         """Each row of ``ids`` must keep at least so many positions, and a multiple of so many."""
         self.limits.append(Limit(ids, least, multiple, reason))
+
+    def keep_even(self, coarse: Ids, reason: str) -> None:
+        """Rows of two that were cut out of something wider begin at even places of it, and it stays of even length."""
+        atom = coarse.item(0)
+        fine = [r.fine.reshape(-1)[:1] for r in self.rows_of if r.coarse.item(0) <= atom <= r.coarse.reshape(-1)[-1]]
+        for ids, first, last in self.cuts:
+            if any(np.isin(f, ids[..., first:last]).all() for f in fine):
+                self.limit(ids, reason, multiple=2)
+                if first:
+                    self.limit(ids[..., :first], reason, multiple=2)
 
     def mean(self, ids: Ids, what: str, of: Ids) -> None:
         """Note that ``ids`` (as an object) is ``what`` of the positions ``of``: "order", "counts", "ends"."""

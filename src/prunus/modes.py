@@ -223,7 +223,7 @@ class Tracer(TorchDispatchMode):
         hollow = made_up or (self._any_hollow and any(i.hollow for i in inputs))
         if hollow:
             self._any_hollow = True
-            self._leaked = self._leaked or (entry.writes and not inputs[0].hollow)
+            self._leaked = self._leaked or (bool(entry.writes) and not inputs[0].hollow)
         if not entry.makes and not any(i.labelled for i in inputs):
             self._pass_over(entry, inputs, outputs if hollow else [])
             return

@@ -420,3 +420,30 @@ def test_network(oracle, networks, build, inputs, bundles, share) -> None:
         return
     found = oracle(build(networks), inputs)
     assert (found.bundles, round(found.share, 3)) == (bundles, share)
+
+
+class RotatedPart(nn.Module):
+    """The last positions of every head are turned as complex numbers, seen in the memory of the whole head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.still, self.turned = 2, 6, 4
+        self.q, self.out = nn.Linear(6, 20), nn.Linear(20, 4)
+        self.register_buffer("angles", torch.polar(torch.ones(5, 1, 2), torch.rand(5, 1, 2)))
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q = self.q(x).view(n, t, self.heads, self.still + self.turned)
+        still, turned = torch.split(q, [self.still, self.turned], dim=-1)
+        turned = torch.view_as_complex(turned.view(n, t, self.heads, -1, 2)) * self.angles
+        return self.out(torch.cat([still, torch.view_as_real(turned).flatten(3)], dim=-1).flatten(2))
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.35, 0.5])
+def test_complex_numbers_in_a_wider_row_keep_it_even(oracle, ratio) -> None:
+    """An odd number of positions before them, or in the whole row, and they cannot be viewed."""
+    model = RotatedPart()
+    oracle(model, torch.randn(2, 5, 6), ratio)
+    prunus.prune(model, torch.randn(2, 5, 6), prunus.Target(ratio=ratio))
+    assert model.still < 6
+    assert model.still % 2 == 0

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from prunus.labels import Dims, Ids, Label, Labelled, settle
+from prunus.ledger import Cut
 from prunus.rules.table import Op, rule
 from prunus.rules.views import move, sized
 
@@ -96,6 +97,7 @@ def slice_(
     else:
         _require_bounds(op, label, first, last, bounds)
         op.ledger.parts.append(label.ids[..., first:last])
+        op.ledger.cuts.append(Cut(label.ids, first, last))
     return take(x, dim, slice(first, last, step))
 
 
@@ -119,6 +121,7 @@ def split(op: Op, x: Labelled, sizes: int | Sequence[int] | Labelled, dim: int =
     parts = [slice(int(e) - s[dim], int(e)) for e, s in zip(ends, op.shapes, strict=True)]
     label = x.dims[dim]
     if label is not None and len(parts) > 1:
+        op.ledger.cuts.extend([Cut(label.ids, part.start, part.stop) for part in parts])
         _require_parts(op, label, parts, sizes)
     elif label is None and not isinstance(sizes, Labelled):
         for asked in op.call.sizes([sizes] if isinstance(sizes, int) else list(sizes)) or ():
@@ -163,6 +166,8 @@ def chunk(op: Op, x: Labelled, chunks: int, dim: int = 0) -> list[Dims | None]:
         else:
             op.freeze([label], f"{op.name} cuts it into unequal parts")
     ends = np.cumsum(sizes)
+    if label is not None:
+        op.ledger.cuts.extend([Cut(label.ids, int(e) - n, int(e)) for e, n in zip(ends, sizes, strict=True)])
     return [take(x, dim, slice(int(e) - n, int(e))) for e, n in zip(ends, sizes, strict=True)]
 
 
