@@ -158,6 +158,7 @@ class Ledger:
         self._seen: set[tuple[int, int, int, int]] = set()
         self._spans: dict[int, tuple[Ids, int]] = {}
         self.starts: list[int] = [0]  # first atom of every run handed out
+        self._merged: list[Rows] = []  # those of `rows_of` that an existing atom takes
         self._coarse: dict[tuple[tuple[int, ...], bytes], Ids] = {}
 
     def fresh(self, count: int) -> Ids:
@@ -233,12 +234,29 @@ class Ledger:
                 rows, which = np.unique(rows, axis=0, return_inverse=True)
             own = self.fresh(len(rows))
             self.rows_of.append(Rows(own, rows))
+            self._pin_foreign(own, rows)
             coarse = self._coarse[key] = own[which].reshape(fine.shape[:-1])
         return coarse
+
+    def _pin_foreign(self, coarse: Ids, rows: Ids) -> None:
+        """Rows of merged dims in which the positions that go with one atom of either are not together cannot go."""
+        first = rows[:, 0]
+        inside = np.zeros(len(rows), dtype=bool)
+        known: set[bytes] = set()
+        for item in self._merged:
+            here = np.isin(first, item.fine)
+            if not here.any():
+                continue
+            inside |= here
+            known.update(np.sort(row).tobytes() for row in item.fine if len(row) == rows.shape[-1])
+        foreign = [bool(i) and np.sort(row).tobytes() not in known for i, row in zip(inside, rows, strict=True)]
+        if any(foreign):
+            self.pin(coarse[np.array(foreign)], "it is a part of two dimensions that were merged, and goes with either")
 
     def belong(self, coarse: Ids, fine: Ids) -> None:
         """``fine[r]`` goes when the existing atom ``coarse[r]`` goes."""
         self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1), split=False))
+        self._merged.append(self.rows_of[-1])
 
     def balance(self, fine: Ids, reason: str) -> None:
         """The rows of ``fine`` (its last axis) must keep equal counts; a row of one position goes as a whole only."""

@@ -447,3 +447,28 @@ def test_complex_numbers_in_a_wider_row_keep_it_even(oracle, ratio) -> None:
     prunus.prune(model, torch.randn(2, 5, 6), prunus.Target(ratio=ratio))
     assert model.still < 6
     assert model.still % 2 == 0
+
+
+class GroupedOutput(nn.Module):
+    """Queries share one head of keys and values; heads times dims are cut anew into groups, each with its matrix."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.heads, self.groups = 4, groups
+        self.q, self.kv, self.out = nn.Linear(6, 32), nn.Linear(6, 8), nn.Linear(groups * 6, 4)
+        self.weight = nn.Parameter(torch.randn(groups * 6, 32 // groups))
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, kv = self.q(x).view(n, t, self.heads, -1).transpose(1, 2), self.kv(x)[:, None]
+        y = ((q @ kv.transpose(2, 3)).softmax(-1) @ kv).transpose(1, 2)
+        y = y.reshape(n * t, self.groups, -1).transpose(0, 1)
+        weight = self.weight.view(self.groups, -1, y.shape[-1]).transpose(1, 2)
+        return self.out(torch.bmm(y, weight).transpose(0, 1).reshape(n, t, -1))
+
+
+@pytest.mark.parametrize(("groups", "free"), [(2, False), (4, True), (8, True)])
+def test_merged_dims_cut_anew_in_other_places_do_not_go_by_these(oracle, groups, free) -> None:
+    """A group that is half a head, or two heads, holds positions that go with a head or a dim of it, never with it."""
+    found = oracle(GroupedOutput(groups), torch.randn(2, 5, 6))
+    assert ("kv.weight:0" not in found.frozen) == free

@@ -91,6 +91,9 @@ def slice_(
             op.require_same(bound if bound is None or bound > 0 else -bound)
     if label is None or (first == 0 and last >= size and step == 1):
         return take(x, dim, slice(first, last, step)) if x.labelled else x.dims
+    if 1 < step < size and size % step == 0 and first < step and last > size - step:
+        _live_in_runs(op, label, step)
+        return take(x, dim, slice(first, last, step))
     bounds = op.call.bounds(first, last, size) if step == 1 else None
     if bounds is None:
         op.freeze([label], f"{op.name} cuts it at fixed positions")
@@ -99,6 +102,12 @@ def slice_(
         op.ledger.parts.append(label.ids[..., first:last])
         op.ledger.cuts.append(Cut(label.ids, first, last))
     return take(x, dim, slice(first, last, step))
+
+
+def _live_in_runs(op: Op, label: Label, step: int) -> None:
+    """Where every ``step``-th position is taken, each run of so many lives together."""
+    runs = label.ids.reshape(*label.ids.shape[:-1], -1, step)
+    op.ledger.tie(runs[..., :-1], runs[..., 1:])
 
 
 def _require_bounds(op: Op, label: Label, first: int, last: int, bounds: tuple[Any, Any]) -> None:
