@@ -26,7 +26,7 @@ LEVELS = [
     {"rules"},
     {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"},
     {"coupling"},
-    {"drops", "plan"},
+    {"drops", "following", "plan"},
     {"surgery", "containers", "handlers", "cost", "calibration", "importance", "functions"},
     {"selection", "heads", "regularize", "recover", "recipe", "report", "repair", "allocation", "budget", "obstacles"},
     {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "blocks", "utils"}

@@ -153,6 +153,7 @@ class Ledger:
         self.guards: list[Guard] = []
         self.limits: list[Limit] = []
         self.equal: list[tuple[Any, Any]] = []  # attributes that the code compared, and that were equal
+        self.unequal: dict[tuple[Any, Any], tuple[int, int]] = {}  # sizes that the code compared, and that differed
         self.meaning: dict[int, tuple[str, Ids, Ids]] = {}  # ids (by object) -> see mean()
         self._ties: list[tuple[int, int, int, int, int]] = []
         self._seen: set[tuple[int, int, int, int]] = set()

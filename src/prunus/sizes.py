@@ -257,15 +257,14 @@ class Size(int):
 
     def __eq__(self, other: object) -> bool:
         same = int.__eq__(self, other)
-        if same is True and isinstance(other, Size):
+        if same is True:
             self._follow(other)
+        elif isinstance(other, Size):
+            self.ledger.unequal[self.expression, other.expression] = (int(self), int(other))
         return same
 
     def _follow(self, other: Any) -> None:
-        """What an attribute says and the size of a tensor were compared and are equal: they follow each other.
-
-        So do two attributes, where nothing else is known of one of them.
-        """
+        """An attribute and the size of a tensor, or two attributes, that were compared and are equal: they go along."""
         if isinstance(other, Size) and int.__eq__(self, other):
             if isinstance(self.expression, Attribute) and isinstance(other.expression, Attribute):
                 self.ledger.equal.append((self.expression, other.expression))

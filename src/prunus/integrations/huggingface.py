@@ -1,8 +1,10 @@
-"""Models of transformers by name, configuration or folder, with inputs that they run on."""
+"""Models of transformers by name, configuration or folder, with inputs that they run on; and pruned ones on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,142 @@ def _inputs(model: Any, config: Any, name: str, shape: Sequence[int] | None) -> 
         f"hf:{name} takes {main or 'inputs of an unknown kind'}: write a factory that returns (model, inputs), and "
         "give it as MODULE:FACTORY"
     )
+
+
+def save_pretrained(model: Any, folder: str | Path, **options: Any) -> None:
+    """Save a pruned model so that ``from_pretrained`` loads it: its configuration is fitted to its widths first.
+
+    Some sizes stand in a configuration and nowhere else that a forward pass reads (heads, the dims of a head). They are
+    found by building the model, without weights, from configurations in which one field is changed.
+
+    Args:
+        model: a model of transformers, pruned or not; only its configuration is changed.
+        folder: where to save it.
+        options: for ``model.save_pretrained``.
+
+    Raises:
+        InputError: no configuration of this kind describes the model, as where layers have widths of their own; nothing
+            was written then. ``torch.save(model, path)`` keeps such a model.
+    """
+    config = getattr(model, "config", None)
+    if config is None or not hasattr(model, "save_pretrained"):
+        raise InputError(f"{type(model).__name__} is no model of transformers; save it with torch.save(model, path)")
+    fitted = _fitted(model, copy.deepcopy(config))
+    for one, other in zip(_configs(config), _configs(fitted), strict=True):
+        vars(one).update({name: getattr(other, name) for name in vars(other) if name != "dtype"})
+    model.save_pretrained(str(folder), **options)
+
+
+Facts = dict[str, tuple[float, ...]]
+"""By name: the shape of a tensor, or the value of a number that a module keeps (after ``COUNT`` if it is whole)."""
+COUNT = -1.0
+
+
+def _fitted(model: nn.Module, config: Any) -> Any:
+    """The configuration that gives every tensor its shape and every number its value, found field by field."""
+    wanted = _facts(model)
+    wrong = _wrong(wanted, _built(model, config))
+    while must := {name: both for name, both in wrong.items() if not _is_count(both)}:
+        best: tuple[float, Any] = (_extent(wrong), None)
+        for candidate in _neighbours(model, config, wrong):
+            rest = _extent(_wrong(wanted, _built(model, candidate)))
+            best = min(best, (rest, candidate), key=lambda item: item[0])
+        if best[1] is None:
+            raise _refusal(config, must)
+        config = best[1]
+        wrong = _wrong(wanted, _built(model, config))
+    own = {n: b for n, b in model.named_buffers() if n not in model.state_dict()}
+    made = dict(type(model)(copy.deepcopy(config)).named_buffers()) if own else {}
+    if lost := [n for n, b in own.items() if not torch.equal(made[n].to(b), b)]:
+        raise InputError(
+            f"{lost[0]} is not saved but computed anew when a model is loaded, and positions of it were removed; prune "
+            "whole heads (prune_num_heads=True, prune_head_dims=False), or keep the model with torch.save(model, path)"
+        )
+    return config
+
+
+def _refusal(config: Any, wrong: Wrong) -> InputError:
+    names = ", ".join(f"{n} is {a} here, and would be {b}" for n, (a, b) in list(wrong.items())[:3])
+    return InputError(
+        f"no {type(config).__name__} describes this model ({names}; {len(wrong)} in all): prune all layers alike, and "
+        "whole heads (prune_num_heads=True, prune_head_dims=False), or keep the model with torch.save(model, path)"
+    )
+
+
+def _facts(model: nn.Module) -> Facts:
+    """What a model of the same configuration has, too."""
+    tensors = {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    numbers: Facts = {
+        f"{path}.{name}": (value,) if type(value) is float else (COUNT, value)
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if type(value) in {int, float} and not name.startswith("_")
+    }
+    return {**numbers, **tensors}
+
+
+def _built(model: nn.Module, config: Any) -> Facts:
+    """The facts of a model of this configuration; empty if there is none."""
+    try:
+        with torch.device("meta"):
+            return _facts(type(model)(copy.deepcopy(config)))
+    except Exception:  # fields that do not go together
+        return {}
+
+
+Wrong = dict[str, tuple[tuple[float, ...], tuple[float, ...]]]
+
+
+def _wrong(wanted: Facts, built: Facts) -> Wrong:
+    """What would be other than it is, with both values."""
+    return {n: (fact, built.get(n, ())) for n, fact in wanted.items() if built.get(n) != fact}
+
+
+def _is_count(both: tuple[tuple[float, ...], tuple[float, ...]]) -> bool:
+    """Whether a whole number that a module keeps is wrong: many are never read, and may be out of date."""
+    return both[0][:1] == (COUNT,)
+
+
+def _extent(wrong: Wrong) -> float:
+    """How much is wrong; whole numbers that modules keep only decide between what is as good otherwise."""
+    return sum(
+        1e-6 if _is_count(both) else sum(a != b for a, b in zip(*both, strict=False)) if both[1] else 9
+        for both in wrong.values()
+    )
+
+
+def _neighbours(model: nn.Module, config: Any, wrong: Wrong) -> Iterator[Any]:
+    """Configurations in which one field has another value: in proportion to what is wrong, or as modules call it."""
+    pairs = [pair for both in wrong.values() for pair in zip(*both, strict=False)]
+    ratios = {Fraction(int(a), int(b)) for a, b in pairs if a != b and a == int(a) > 0 and b == int(b) > 0}
+    ratios |= {1 / ratio for ratio in ratios}
+    own = {m: vars(m) for m in model.modules()}
+    for k, part in enumerate(_configs(config)):
+        for name, value in list(vars(part).items()):
+            known = {n for fields in own.values() if type(n := fields.get(name)) is int}
+            for other in _values(value, known, ratios):
+                changed = copy.deepcopy(config)
+                setattr(_configs(changed)[k], name, other)
+                yield changed
+
+
+def _values(value: Any, known: set[int], ratios: Iterable[Fraction]) -> list[Any]:
+    """The other values to try for a field that has ``value``; ``known`` are those of attributes of its name."""
+    if type(value) is list:
+        return [
+            [*value[:k], other, *value[k + 1 :]]
+            for k, item in enumerate(value)
+            for other in _values(item, set(), ratios)
+        ]
+    if value is None:
+        return sorted(known)
+    if type(value) is not int or value < 2:
+        return []
+    scaled = (value * ratio for ratio in ratios)
+    return sorted(({int(v) for v in scaled if v.denominator == 1} | known) - {value})
+
+
+def _configs(config: Any) -> list[Any]:
+    """A configuration and those inside it."""
+    parts = [v for v in vars(config).values() if hasattr(v, "to_dict") and hasattr(v, "model_type")]
+    return [config, *(inner for part in parts for inner in _configs(part))]
