@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from prunus.errors import InputError
+from prunus.tracing import call_model, tensors_in
+from prunus.untouched import untouched
 
 TOKENS = 16
 
@@ -79,7 +81,7 @@ def _inputs(model: Any, config: Any, name: str, shape: Sequence[int] | None) -> 
     )
 
 
-def save_pretrained(model: Any, folder: str | Path, **options: Any) -> None:
+def save_pretrained(model: Any, example_inputs: Any, folder: str | Path, **options: Any) -> None:
     """Save a pruned model so that ``from_pretrained`` loads it: its configuration is fitted to its widths first.
 
     Some sizes stand in a configuration and nowhere else that a forward pass reads (heads, the dims of a head). They are
@@ -87,25 +89,28 @@ def save_pretrained(model: Any, folder: str | Path, **options: Any) -> None:
 
     Args:
         model: a model of transformers, pruned or not; only its configuration is changed.
+        example_inputs: what the model and the one that would be loaded are compared on.
         folder: where to save it.
         options: for ``model.save_pretrained``.
 
     Raises:
-        InputError: no configuration of this kind describes the model, as where layers have widths of their own; nothing
-            was written then. ``torch.save(model, path)`` keeps such a model.
+        InputError: no configuration of this kind describes the model, as where layers have widths of their own, or the
+            loaded model would compute something else, as where dims inside heads were removed; nothing was written
+            then. ``torch.save(model, path)`` keeps such a model.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "save_pretrained"):
         raise InputError(f"{type(model).__name__} is no model of transformers; save it with torch.save(model, path)")
     fitted = _fitted(model, copy.deepcopy(config))
+    _prove(model, fitted, example_inputs)
     for one, other in zip(_configs(config), _configs(fitted), strict=True):
         vars(one).update({name: getattr(other, name) for name in vars(other) if name != "dtype"})
     model.save_pretrained(str(folder), **options)
 
 
 Facts = dict[str, tuple[float, ...]]
-"""By name: the shape of a tensor, or the value of a number that a module keeps (after ``COUNT`` if it is whole)."""
-COUNT = -1.0
+"""By name: the shape of a tensor, or the value of a number that a module keeps (after ``COUNT`` or ``VALUE``)."""
+COUNT, VALUE = -1.0, -2.0
 
 
 def _fitted(model: nn.Module, config: Any) -> Any:
@@ -121,14 +126,29 @@ def _fitted(model: nn.Module, config: Any) -> Any:
             raise _refusal(config, must)
         config = best[1]
         wrong = _wrong(wanted, _built(model, config))
-    own = {n: b for n, b in model.named_buffers() if n not in model.state_dict()}
-    made = dict(type(model)(copy.deepcopy(config)).named_buffers()) if own else {}
-    if lost := [n for n, b in own.items() if not torch.equal(made[n].to(b), b)]:
-        raise InputError(
-            f"{lost[0]} is not saved but computed anew when a model is loaded, and positions of it were removed; prune "
-            "whole heads (prune_num_heads=True, prune_head_dims=False), or keep the model with torch.save(model, path)"
-        )
     return config
+
+
+def _prove(model: nn.Module, config: Any, example_inputs: Any) -> None:
+    """A model of this configuration with the same weights computes the same.
+
+    Raises:
+        InputError: it does not.
+    """
+    other: nn.Module = type(model)(copy.deepcopy(config))
+    other.load_state_dict(model.state_dict())
+    device, dtype = (getattr(next(model.parameters()), name) for name in ("device", "dtype"))
+    other.to(device=device, dtype=dtype)
+    found = []
+    for one in (model, other):
+        with untouched(one), torch.no_grad():
+            found.append([t for t in tensors_in(call_model(one, example_inputs)) if t.is_floating_point()])
+    if not all(torch.equal(a, b) for a, b in zip(*found, strict=True)):  # the same kernels run on the same numbers
+        raise InputError(
+            f"a model that is loaded from this {type(config).__name__} would compute something else, as scales of "
+            "attention and rotary frequencies are made anew from the head size: prune whole heads "
+            "(prune_num_heads=True, prune_head_dims=False), or keep the model with torch.save(model, path)"
+        )
 
 
 def _refusal(config: Any, wrong: Wrong) -> InputError:
@@ -143,7 +163,7 @@ def _facts(model: nn.Module) -> Facts:
     """What a model of the same configuration has, too."""
     tensors = {name: tuple(tensor.shape) for name, tensor in (*model.named_parameters(), *model.named_buffers())}
     numbers: Facts = {
-        f"{path}.{name}": (value,) if type(value) is float else (COUNT, value)
+        f"{path}.{name}": (VALUE if type(value) is float else COUNT, value)
         for path, module in model.named_modules()
         for name, value in vars(module).items()
         if type(value) in {int, float} and not name.startswith("_")
@@ -175,10 +195,14 @@ def _is_count(both: tuple[tuple[float, ...], tuple[float, ...]]) -> bool:
 
 def _extent(wrong: Wrong) -> float:
     """How much is wrong; whole numbers that modules keep only decide between what is as good otherwise."""
-    return sum(
-        1e-6 if _is_count(both) else sum(a != b for a, b in zip(*both, strict=False)) if both[1] else 9
-        for both in wrong.values()
-    )
+    return sum(1e-6 if _is_count(both) else _distance(*both) for both in wrong.values())
+
+
+def _distance(wanted: tuple[float, ...], built: tuple[float, ...]) -> int:
+    """How many dims of a shape are wrong; a wrong value, or a tensor that is missing, weighs as much as some layers."""
+    if len(wanted) != len(built) or wanted[:1] == (VALUE,):
+        return 9
+    return sum(a != b for a, b in zip(wanted, built, strict=True))
 
 
 def _neighbours(model: nn.Module, config: Any, wrong: Wrong) -> Iterator[Any]:
