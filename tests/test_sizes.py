@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import prunus
+from prunus.errors import SurgeryError
 from prunus.ledger import Ledger
 from prunus.sizes import (
     Attribute,
@@ -399,3 +400,74 @@ def test_a_ratio_of_widths_stays_a_whole_number(oracle) -> None:
     oracle(model, torch.randn(2, 5, 6))
     prunus.prune(model, torch.randn(2, 5, 6), prunus.Target(ratio=0.5))
     assert model.heads * model.ratio * model.key == model.v.weight.shape[0] < 16
+
+
+class Shifted(nn.Module):
+    """A share of the channels, ``1 / share``, comes from the frame before; the next share from the frame after."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.share = 4
+        self.first, self.second = nn.Linear(3, 16), nn.Linear(16, 5)
+
+    def forward(self, x):
+        x = self.first(x)
+        fold = x.shape[-1] // self.share
+        out = torch.zeros_like(x)
+        out[:, :-1, :fold] = x[:, 1:, :fold]
+        out[:, 1:, fold : 2 * fold] = x[:, :-1, fold : 2 * fold]
+        out[:, :, 2 * fold :] = x[:, :, 2 * fold :]
+        return self.second(out)
+
+
+def test_a_share_of_a_width_keeps_its_divisor(oracle) -> None:
+    """The divisor could change in whole numbers for one part alone; the other parts need it as it is, so all join."""
+    model = Shifted()
+    found = oracle(model, torch.randn(2, 5, 3))
+    assert found.bundles == 4
+    prunus.prune(model, torch.randn(2, 5, 3), prunus.Target(ratio=0.5))
+    assert (model.share, model.first.weight.shape[0]) == (4, 8)
+
+
+class Widening(nn.Module):
+    """The shortcut is a layer where two attributes differ; only one of them is used to compute."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.width, self.width_out = 8, 16
+        self.first, self.inner, self.proj, self.last = (nn.Linear(a, b) for a, b in ((3, 8), (8, 16), (8, 16), (16, 4)))
+
+    def forward(self, x):
+        x = y = self.first(x)
+        if self.width != self.width_out:
+            x = self.proj(y).view(x.shape[0], 1, self.width_out).amax(1)
+        return self.last(x + self.inner(y))
+
+
+def test_attributes_that_the_code_finds_different_stay_so(oracle) -> None:
+    """The width that is used halves to what the other was: the code would no longer see that they differ."""
+    model = Widening()
+    oracle(model, torch.randn(2, 3))
+    prunus.prune(model, torch.randn(2, 3), prunus.Target(ratio=0.5))
+    assert (model.width, model.width_out) == (4, 8)
+
+
+class Telling(nn.Module):
+    """Takes another path where the two widths that it reads from tensors are equal."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(3, 4), nn.Linear(3, 8), nn.Linear(12, 4)
+
+    def forward(self, x):
+        a, b = self.first(x), self.second(x)
+        return self.last(torch.cat([a, b], -1)) if a.shape[-1] != b.shape[-1] else self.last.weight[:, 0] * a
+
+
+def test_a_cut_after_which_the_code_would_take_another_path_is_refused() -> None:
+    model = Telling()
+    graph = prunus.DependencyGraph().build_dependency(model, torch.randn(2, 3))
+    graph.get_pruning_group(model.second, prunus.prune_linear_out_channels, [0, 1, 2]).prune()
+    with pytest.raises(SurgeryError, match="the code would take another path"):
+        graph.get_pruning_group(model.second, prunus.prune_linear_out_channels, [0]).prune()
+    assert model.second.out_features == 5

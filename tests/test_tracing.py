@@ -416,3 +416,35 @@ def test_statistics_survive_the_run_in_training(model_state, states_equal) -> No
     found = trace(model, torch.randn(4, 4))
     assert not found.unread
     assert states_equal(before, model_state(model))
+
+
+class Cache:
+    """Keys and values of the tokens so far, as libraries of language models hand them from call to call."""
+
+    def __init__(self) -> None:
+        self.keys: list[torch.Tensor] = []
+
+    def get_seq_length(self) -> int:
+        return sum(k.shape[1] for k in self.keys)
+
+    def update(self, keys: torch.Tensor) -> torch.Tensor:
+        self.keys.append(keys)
+        return torch.cat(self.keys, dim=1)
+
+
+class Cached(nn.Module):
+    """Attention that returns its keys in a cache beside the output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = (nn.Linear(a, b) for a, b in ((6, 8), (6, 8), (6, 8), (8, 4)))
+
+    def forward(self, x):
+        cache = Cache()
+        scores = self.q(x) @ cache.update(self.k(x)).transpose(1, 2)
+        return {"logits": self.out(scores.softmax(-1) @ self.v(x)), "past_key_values": cache}
+
+
+def test_a_cache_beside_the_output_is_state_and_keeps_nothing(oracle) -> None:
+    found = oracle(Cached(), torch.randn(2, 5, 6))
+    assert found.frozen == {"q.weight:1", "k.weight:1", "v.weight:1", "out.weight:0", "out.bias:0"}

@@ -76,6 +76,14 @@ class Requirement(NamedTuple):
     place: str
 
 
+class Cut(NamedTuple):
+    """Positions ``first`` to ``last`` of a dim with the atoms ``ids``, seen in the memory of the whole."""
+
+    ids: Ids
+    first: int
+    last: int
+
+
 class MacTerm(NamedTuple):
     """``factor`` times the product of the surviving lengths of ``rows``: multiply-adds of one step."""
 
@@ -128,6 +136,7 @@ class Ledger:
         self.requirements: list[Requirement] = []
         self.whole_rows: list[Ids] = []  # rows tied to one thing: of each goes the same as of the others, or all
         self.parts: list[Ids] = []  # stretches that the code cuts out, which may not become empty
+        self.cuts: list[Cut] = []  # stretches of a dim that were viewed in place
         self.macs: list[MacTerm] = []
         self.contracted: list[Ids] = []  # dims summed over by a contraction
         self.paired: list[Ids] = []  # dims summed over where neither factor is a tensor that the model keeps
@@ -145,10 +154,12 @@ class Ledger:
         self.guards: list[Guard] = []
         self.limits: list[Limit] = []
         self.equal: list[tuple[Any, Any]] = []  # attributes that the code compared, and that were equal
+        self.unequal: dict[tuple[Any, Any], tuple[int, int]] = {}  # sizes that the code compared, and that differed
         self.meaning: dict[int, tuple[str, Ids, Ids]] = {}  # ids (by object) -> see mean()
         self._ties: list[tuple[int, int, int, int, int]] = []
         self._seen: set[tuple[int, int, int, int]] = set()
         self.starts: list[int] = [0]  # first atom of every run handed out
+        self._merged: list[Rows] = []  # those of `rows_of` that an existing atom takes
         self._coarse: dict[tuple[tuple[int, ...], bytes], Ids] = {}
 
     def fresh(self, count: int) -> Ids:
@@ -226,12 +237,29 @@ class Ledger:
                 rows, which = np.unique(rows, axis=0, return_inverse=True)
             own = self.fresh(len(rows))
             self.rows_of.append(Rows(own, rows))
+            self._pin_foreign(own, rows)
             coarse = self._coarse[key] = (own if which is None else own[which]).reshape(fine.shape[:-1])
         return coarse
+
+    def _pin_foreign(self, coarse: Ids, rows: Ids) -> None:
+        """Rows of merged dims in which the positions that go with one atom of either are not together cannot go."""
+        first = rows[:, 0]
+        inside = np.zeros(len(rows), dtype=bool)
+        known: set[bytes] = set()
+        for item in self._merged:
+            here = np.isin(first, item.fine)
+            if not here.any():
+                continue
+            inside |= here
+            known.update(np.sort(row).tobytes() for row in item.fine if len(row) == rows.shape[-1])
+        foreign = [bool(i) and np.sort(row).tobytes() not in known for i, row in zip(inside, rows, strict=True)]
+        if any(foreign):
+            self.pin(coarse[np.array(foreign)], "it is a part of two dimensions that were merged, and goes with either")
 
     def belong(self, coarse: Ids, fine: Ids) -> None:
         """``fine[r]`` goes when the existing atom ``coarse[r]`` goes."""
         self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1), split=False))
+        self._merged.append(self.rows_of[-1])
 
     def balance(self, fine: Ids, reason: str) -> None:
         """The rows of ``fine`` (its last axis) must keep equal counts; a row of one position goes as a whole only."""
@@ -255,6 +283,16 @@ class Ledger:
     def limit(self, ids: Ids, reason: str, *, least: int = 1, multiple: int = 1) -> None:
         """Each row of ``ids`` must keep at least so many positions, and a multiple of so many."""
         self.limits.append(Limit(ids, least, multiple, reason))
+
+    def keep_even(self, coarse: Ids, reason: str) -> None:
+        """Rows of two that were cut out of something wider begin at even places of it, and it stays of even length."""
+        atom = coarse.item(0)
+        fine = [r.fine.reshape(-1)[:1] for r in self.rows_of if r.coarse.item(0) <= atom <= r.coarse.reshape(-1)[-1]]
+        for ids, first, last in self.cuts:
+            if any(np.isin(f, ids[..., first:last]).all() for f in fine):
+                self.limit(ids, reason, multiple=2)
+                if first:
+                    self.limit(ids[..., :first], reason, multiple=2)
 
     def mean(self, ids: Ids, what: str, of: Ids) -> None:
         """Note that ``ids`` (as an object) is ``what`` of the positions ``of``: "order", "counts", "ends"."""

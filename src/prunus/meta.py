@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.errors import InputError
+from prunus.higher import SeesInside
 from prunus.modes import MARK, FunctionMode, Tracer, tensors_among
 
 LARGEST_REAL = 1 << 16  # a constant with more entries than this is not made
@@ -40,7 +40,7 @@ def runs_without_data(model: nn.Module, device: str | torch.device | None) -> bo
     )
 
 
-class MetaMode(TorchDispatchMode):
+class MetaMode(SeesInside):
     """Stands above the tracer and replaces real tensors by meta tensors before an op reaches it.
 
     With ``strict``, everything is replaced; without, small constants stay real until they meet a weight.
@@ -52,8 +52,8 @@ class MetaMode(TorchDispatchMode):
         self.strict = strict
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def see(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Run the op on meta tensors where it reads a tensor without values."""
         tensors = list(tensors_among((*args, *kwargs.values())))
         if tensors:
             empty = self.strict or any(self._is_empty(t) for t in tensors)

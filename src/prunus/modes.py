@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from math import prod
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from prunus.calls import PythonCall
 from prunus.held import Held, Modules
+from prunus.higher import inside
 from prunus.labels import Dims, Label, Labelled, Numbered, unlabelled
 from prunus.ledger import Ledger
 from prunus.rules import Op, lookup
@@ -52,7 +53,7 @@ class _Entry(NamedTuple):
     name: str
     rule: Rule | None
     composite: bool
-    mutable: bool
+    writes: tuple[int, ...]  # which of its arguments it changes
     makes: bool
     dtypes: bool
     standin: Standin | None
@@ -61,6 +62,8 @@ class _Entry(NamedTuple):
 
 class Tracer(TorchDispatchMode):
     """Applies the rule of every op that runs; with ``hollow``, costly kernels give zeros instead (see standins.py)."""
+
+    supports_higher_order_operators = True
 
     def __init__(
         self, ledger: Ledger, held: Sequence[Held], index: dict[int, int], modules: Modules, *, hollow: bool = False
@@ -163,12 +166,14 @@ class Tracer(TorchDispatchMode):
         kwargs = kwargs or {}
         entry = self._entries.get(id(func)) or self._classify(func)
         if entry.composite:
-            with self:
-                result = func.decompose(*args, **kwargs)
+            kernel = inside(func)
+            with self, nullcontext() if kernel is None else FunctionMode(self):
+                result = (kernel or func.decompose)(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if entry.mutable and args:
-            self._keep(args[0])
+        for k in entry.writes:
+            if k < len(args):
+                self._keep(args[k])
         if self._any_hollow and entry.decides:
             self._refuse_to_look(func, args, kwargs)
         result = entry.standin(*args, **kwargs) if self._allows_hollow and entry.standin is not None else None
@@ -186,6 +191,9 @@ class Tracer(TorchDispatchMode):
             raise HollowValueError(func.name())
 
     def _classify(self, func: Any) -> _Entry:
+        if inside(func) is not None:
+            self._entries[id(func)] = entry = _Entry(str(func), None, True, (), False, False, None, False)
+            return entry
         rule = lookup(func)
         composite = rule is None and torch._C._dispatch_has_kernel_for_dispatch_key(
             func.name(), "CompositeImplicitAutograd"
@@ -197,7 +205,7 @@ class Tracer(TorchDispatchMode):
             name,
             rule,
             composite,
-            func._schema.is_mutable,
+            written(func) if func._schema.is_mutable else (),
             always,
             name in NEEDS_DTYPES,
             standin_for(func),
@@ -215,7 +223,7 @@ class Tracer(TorchDispatchMode):
         hollow = made_up or (self._any_hollow and any(i.hollow for i in inputs))
         if hollow:
             self._any_hollow = True
-            self._leaked = self._leaked or (entry.mutable and not inputs[0].hollow)
+            self._leaked = self._leaked or (bool(entry.writes) and not inputs[0].hollow)
         if not entry.makes and not any(i.labelled for i in inputs):
             self._pass_over(entry, inputs, outputs if hollow else [])
             return
@@ -261,7 +269,7 @@ class Tracer(TorchDispatchMode):
 
     def _mark(self, tensor: torch.Tensor, labelled: Labelled, entry: _Entry) -> None:
         """Remember what is known of a result."""
-        if entry.mutable and MARK not in tensor.__dict__:
+        if entry.writes and MARK not in tensor.__dict__:
             self._lasting[id(tensor)] = (tensor, labelled)
         else:
             setattr(tensor, MARK, labelled)
@@ -303,6 +311,12 @@ class Tracer(TorchDispatchMode):
         if isinstance(value, (list, tuple)) and value and type(value[0]) not in _NUMBERS:
             return [self._lower(v, inputs) for v in value]
         return value
+
+
+def written(func: Any) -> tuple[int, ...]:
+    """The places of the arguments that an op changes."""
+    arguments = func._schema.arguments
+    return tuple([k for k, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write])
 
 
 def tensors_among(values: Iterable[Any]) -> Iterator[torch.Tensor]:

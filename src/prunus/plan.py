@@ -19,14 +19,14 @@ from numpy.typing import NDArray
 from prunus.coupling import Coupling
 from prunus.drops import Cut, Drop, cuts_then, drops_then, earlier_name, read_drops
 from prunus.errors import InputError, SurgeryError
+from prunus.following import followed
 from prunus.labels import Ids, surviving
-from prunus.sizes import Attribute, Fact, expression_of, leaves, read_attribute, solve_all
+from prunus.sizes import Attribute, Fact
 
 if TYPE_CHECKING:
     from prunus.surgery import Receipt
 
 FORMAT = 1
-TINY = 1e-6
 Alive = NDArray[np.bool_]
 
 
@@ -270,7 +270,7 @@ def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact
     after[gone] = False
     removals = _removals(coupling, alive, gone[alive[gone]])
     _check_parts(coupling, after)
-    settings = _settings(coupling, after)
+    settings = tuple(Setting(a.path, a.name, a.item, value) for a, value in followed(coupling, after))
     mirrors = _mirrors(coupling, facts)
     scalings, notes = _scalings(coupling, alive, after)
     costs = footprint(coupling, alive), footprint(coupling, after)
@@ -333,35 +333,6 @@ def _scalings(coupling: Coupling, alive: Alive, after: Alive) -> tuple[tuple[Sca
             factor = (now / before) ** -fold.power
             found.append(Scaling(held.name, target.dim, tuple(positions.tolist()), factor))
     return tuple(found), tuple(f"{text} ({times} times)" if times > 1 else text for text, times in missed.items())
-
-
-def _settings(coupling: Coupling, alive: Alive) -> tuple[Setting, ...]:
-    """The attributes that change, from the sizes that the code asks for."""
-    requirements = coupling.trace.ledger.requirements
-
-    def read(attribute: Attribute) -> int:
-        return read_attribute(coupling.trace.model, attribute)
-
-    demands = [(expression_of(r.asked), surviving(alive, r.ids)) for r in requirements]
-    solved, values = solve_all(demands, lambda ids: surviving(alive, ids), read)
-    for requirement, (expression, size), value in zip(requirements, demands, values, strict=True):
-        if size == 0 and requirement.ids.size:
-            raise SurgeryError(f"a part sized by {expression} would lose its last position; remove fewer")
-        if value is None or abs(value - size) > TINY:
-            raise SurgeryError(
-                f"{expression} would be {value} where the code needs {size} "
-                f"({requirement.place or 'step ' + str(requirement.step)}); the plan was not made"
-            )
-    for attribute, new in solved.items():
-        if abs(new - round(new)) > TINY:
-            raise SurgeryError(f"{attribute} would have to be {new:g}, which is no whole number; remove another number")
-    asked = {leaf for expression, _ in demands for leaf in leaves(expression)}
-    for pair in coupling.trace.ledger.equal:
-        for one, other in (pair, pair[::-1]):  # nothing but the comparison is known of the other
-            if one in solved and other not in asked:
-                solved[other] = solved[one]
-    changed = ((a, round(v)) for a, v in solved.items() if round(v) != read(a))
-    return tuple(Setting(a.path, a.name, a.item, v) for a, v in changed)
 
 
 def _mirrors(coupling: Coupling, facts: Sequence[Fact]) -> tuple[Mirror, ...]:

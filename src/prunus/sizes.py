@@ -121,7 +121,10 @@ def solve(expression: Expression, value: float, known: Lookup) -> tuple[Attribut
 
 
 def solve_all(
-    demands: Sequence[tuple[Expression, float]], extent: Callable[[Ids], float], read: Callable[[Attribute], int]
+    demands: Sequence[tuple[Expression, float]],
+    extent: Callable[[Ids], float],
+    read: Callable[[Attribute], int],
+    stays: Callable[[Expression, float, Attribute], bool] | None = None,
 ) -> tuple[dict[Attribute, float], list[float | None]]:
     """Set attributes so that every expression equals its size, as far as that can be.
 
@@ -129,6 +132,7 @@ def solve_all(
         demands: pairs of an expression and the size that it must have.
         extent: how many positions a labelled dim has.
         read: the present value of an attribute; those that nothing determines keep it.
+        stays: whether an attribute keeps its value although a demand would change it (default: never).
 
     Returns:
         The attributes that are determined, and the value that each expression then has.
@@ -144,16 +148,16 @@ def solve_all(
 
     waiting = [demand for demand in demands if isinstance(demand[0], (Attribute, Binary))]
     waiting.sort(key=lambda demand: not isinstance(demand[0], Attribute))
-    progress = True
-    while progress:
-        progress, left = False, []
+    while waiting:
+        left = []
         for demand in waiting:
             found = solve(*demand, known)
-            if found is None or _bends(demand[0], *found, solved, read):
+            if found is None or _bends(demand[0], *found, solved, read) or (stays and stays(*demand, found[0])):
                 left.append(demand)
             else:
                 solved[found[0]] = found[1]
-                progress = True
+        if len(left) == len(waiting):
+            break
         waiting = left
     return solved, [evaluate(expression, settled) for expression, _ in demands]
 
@@ -165,10 +169,7 @@ def _bends(
     solved: Mapping[Attribute, float],
     read: Callable[[Attribute], int],
 ) -> bool:
-    """Whether an attribute would change beside another factor that changes: that is no longer in proportion.
-
-    An attribute such as a ratio of two widths keeps its value then, and the widths shrink in step.
-    """
+    """Whether an attribute (a ratio of widths) would change beside another factor that does; widths shrink in step."""
     if not isinstance(expression, Binary) or value == read(attribute):
         return False
     others = (leaf for leaf in leaves(expression) if leaf != attribute and isinstance(leaf, Attribute))
@@ -254,15 +255,14 @@ class Size(int):
 
     def __eq__(self, other: object) -> bool:
         same = int.__eq__(self, other)
-        if same is True and isinstance(other, Size):
+        if same is True:
             self._follow(other)
+        elif isinstance(other, Size):
+            self.ledger.unequal[self.expression, other.expression] = (int(self), int(other))
         return same
 
     def _follow(self, other: Any) -> None:
-        """What an attribute says and the size of a tensor were compared and are equal: they follow each other.
-
-        So do two attributes, where nothing else is known of one of them.
-        """
+        """An attribute and the size of a tensor, or two attributes, that were compared and are equal: they go along."""
         if isinstance(other, Size) and int.__eq__(self, other):
             if isinstance(self.expression, Attribute) and isinstance(other.expression, Attribute):
                 self.ledger.equal.append((self.expression, other.expression))

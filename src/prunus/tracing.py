@@ -233,12 +233,18 @@ def _marked(modules: Modules, ledger: Ledger) -> Iterator[None]:
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:
-    """Every tensor in nested tuples, lists, dicts, dataclasses and plain objects."""
+    """Every tensor in nested tuples, lists, dicts, dataclasses and plain objects.
+
+    Those in caches are left out: an object that tells how long a sequence it holds is state that the next call reads,
+    neither input nor output, and its sizes follow the model's.
+    """
     seen = set() if seen is None else seen
     if isinstance(value, torch.Tensor):
         yield value
         return
     if value is None or isinstance(value, (str, bytes, int, float, bool, type, nn.Module)) or id(value) in seen:
+        return
+    if hasattr(type(value), "get_seq_length"):
         return
     seen.add(id(value))
     if isinstance(value, Mapping):

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import random
+import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["untouched", "without_mha_fastpath"]
+__all__ = ["eagerly", "untouched", "without_mha_fastpath"]
 
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})  # hooks are kept in ordered dictionaries
 
@@ -42,13 +43,19 @@ def untouched(model: nn.Module, modules: Sequence[nn.Module] | None = None, *, v
 
 @contextmanager
 def without_mha_fastpath() -> Iterator[None]:
-    """The fused path of multi-head attention hides its ops."""
+    """The fused path of multi-head attention hides its ops, and so does code that is compiled (flex attention)."""
     enabled = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        with eagerly():
+            yield
     finally:
         torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+def eagerly() -> AbstractContextManager[object]:
+    """Compiled code is not run; as the compiler is costly to import, this does nothing as long as nobody has."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _restore(memories: list[_Memory]) -> None:

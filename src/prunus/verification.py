@@ -17,18 +17,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.coupling import Coupling, Family
 from prunus.errors import PrunusError
 from prunus.graph import DependencyGraph
+from prunus.higher import SeesInside
 from prunus.labels import Ids
 from prunus.report import frozen_text
 from prunus.selection import default_families
 from prunus.sizes import Extent, expression_of, leaves
 from prunus.surgery import borrowed
 from prunus.tracing import ForwardFn, Inputs, call_model, tensors_in
-from prunus.untouched import untouched
+from prunus.untouched import eagerly, untouched
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -125,7 +125,7 @@ class _Runner:
 
     def __call__(self, values: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         values = {k: v.clone() if k in self.buffers else v for k, v in values.items()}  # a run may write to them
-        with untouched(self.model), torch.no_grad(), borrowed(self.model, values), _WithoutNoise():  # type: ignore[no-untyped-call]
+        with untouched(self.model), torch.no_grad(), eagerly(), borrowed(self.model, values), _WithoutNoise():  # type: ignore[no-untyped-call]
             output = call_model(self.model, self.inputs, self.forward_fn)
             if self.output_transform is not None:
                 output = self.output_transform(output)
@@ -133,11 +133,11 @@ class _Runner:
             return [t.clone() for t in found if t.is_floating_point()]
 
 
-class _WithoutNoise(TorchDispatchMode):
+class _WithoutNoise(SeesInside):
     """Random numbers are replaced by their mean: noise belongs to positions, which units change."""
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+    def see(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        result = func(*args, **kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags and isinstance(result, torch.Tensor):
             name = func.overloadpacket.__name__
             if name == "normal" and isinstance(args[0], torch.Tensor):

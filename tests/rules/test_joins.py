@@ -100,8 +100,14 @@ GOLDEN = [
     pytest.param(
         lambda a: a[::2],
         [(4,)],
-        "a0[0,2]! ; a0!",
+        "a0[0,2] ; a0=a0[0,0,2,2]",
         id="slice-step",
+    ),
+    pytest.param(
+        lambda a: a[1::3],
+        [(4,)],
+        "a0[1:2]! ; a0!",
+        id="slice-step-uneven",
     ),
     pytest.param(
         lambda a: a[:, :2],
@@ -622,3 +628,32 @@ def test_network(oracle, networks, build, inputs, bundles, share) -> None:
         return
     found = oracle(build(networks), inputs)
     assert (found.bundles, round(found.share, 3)) == (bundles, share)
+
+
+class Interleaved(nn.Module):
+    """Rotary positions that turn neighbouring positions of a head, picked out with steps of two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.out = nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(6, 16), nn.Linear(16, 4)
+        self.register_buffer("angles", torch.rand(5, 4))
+
+    def turned(self, x):
+        pairs = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+        angles = self.angles.repeat_interleave(2, dim=-1)
+        return x * angles.cos() + pairs * angles.sin()
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, k, v = (p(x).view(n, t, 2, -1).transpose(1, 2) for p in (self.q, self.k, self.v))
+        y = (self.turned(q) @ self.turned(k).transpose(2, 3)).softmax(-1) @ v
+        return self.out(y.transpose(1, 2).reshape(n, t, -1))
+
+
+def test_positions_picked_by_steps_go_with_their_run(oracle) -> None:
+    model = Interleaved()
+    found = oracle(model, torch.randn(2, 5, 6))
+    assert found.frozen == {"q.weight:1", "k.weight:1", "v.weight:1", "angles:0", "out.weight:0", "out.bias:0"}
+    prunus.prune(model, torch.randn(2, 5, 6), prunus.Target(ratio=0.5))
+    assert [p.out_features for p in (model.q, model.k, model.v)] == [8, 8, 8]
+    assert model.angles.shape == (5, 2)

@@ -420,3 +420,55 @@ def test_network(oracle, networks, build, inputs, bundles, share) -> None:
         return
     found = oracle(build(networks), inputs)
     assert (found.bundles, round(found.share, 3)) == (bundles, share)
+
+
+class RotatedPart(nn.Module):
+    """The last positions of every head are turned as complex numbers, seen in the memory of the whole head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.still, self.turned = 2, 6, 4
+        self.q, self.out = nn.Linear(6, 20), nn.Linear(20, 4)
+        self.register_buffer("angles", torch.polar(torch.ones(5, 1, 2), torch.rand(5, 1, 2)))
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q = self.q(x).view(n, t, self.heads, self.still + self.turned)
+        still, turned = torch.split(q, [self.still, self.turned], dim=-1)
+        turned = torch.view_as_complex(turned.view(n, t, self.heads, -1, 2)) * self.angles
+        return self.out(torch.cat([still, torch.view_as_real(turned).flatten(3)], dim=-1).flatten(2))
+
+
+@pytest.mark.parametrize("ratio", [0.2, 0.35, 0.5])
+def test_complex_numbers_in_a_wider_row_keep_it_even(oracle, ratio) -> None:
+    """An odd number of positions before them, or in the whole row, and they cannot be viewed."""
+    model = RotatedPart()
+    oracle(model, torch.randn(2, 5, 6), ratio)
+    prunus.prune(model, torch.randn(2, 5, 6), prunus.Target(ratio=ratio))
+    assert model.still < 6
+    assert model.still % 2 == 0
+
+
+class GroupedOutput(nn.Module):
+    """Queries share one head of keys and values; heads times dims are cut anew into groups, each with its matrix."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.heads, self.groups = 4, groups
+        self.q, self.kv, self.out = nn.Linear(6, 32), nn.Linear(6, 8), nn.Linear(groups * 6, 4)
+        self.weight = nn.Parameter(torch.randn(groups * 6, 32 // groups))
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q, kv = self.q(x).view(n, t, self.heads, -1).transpose(1, 2), self.kv(x)[:, None]
+        y = ((q @ kv.transpose(2, 3)).softmax(-1) @ kv).transpose(1, 2)
+        y = y.reshape(n * t, self.groups, -1).transpose(0, 1)
+        weight = self.weight.view(self.groups, -1, y.shape[-1]).transpose(1, 2)
+        return self.out(torch.bmm(y, weight).transpose(0, 1).reshape(n, t, -1))
+
+
+@pytest.mark.parametrize(("groups", "free"), [(2, False), (4, True), (8, True)])
+def test_merged_dims_cut_anew_in_other_places_do_not_go_by_these(oracle, groups, free) -> None:
+    """A group that is half a head, or two heads, holds positions that go with a head or a dim of it, never with it."""
+    found = oracle(GroupedOutput(groups), torch.randn(2, 5, 6))
+    assert ("kv.weight:0" not in found.frozen) == free

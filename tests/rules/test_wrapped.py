@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -214,3 +215,77 @@ def test_adapters_are_pruned_with_their_layer(oracle) -> None:
     tp.prune(model, TOKENS, tp.Target(ratio=0.5))
     assert model[0].b.out_features == model[2].a.in_features == 4
     assert model[0].a.out_features == 2
+
+
+class Flexible(nn.Module):
+    """Attention whose scores are changed by a function, with shared keys and values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.shared, self.slope = 4, 2, nn.Parameter(torch.rand(()))
+        self.q, self.kv, self.out = nn.Linear(6, 24), nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        q = self.q(x).view(n, t, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(x).view(n, t, 2, self.shared, -1).permute(2, 0, 3, 1, 4)
+        y = flex_attention(q, k, v, lambda score, b, h, i, j: score + (i - j) * self.slope, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(n, t, -1))
+
+
+def test_flex_attention_is_looked_into(oracle) -> None:
+    """The function between scores and softmax is traced too: heads and head dims go as in any other attention."""
+    found = oracle(Flexible(), TOKENS)
+    assert found.frozen == {"q.weight:1", "kv.weight:1", "out.weight:0", "out.bias:0"}
+    assert (found.groups, found.model.heads) == (2, 4)
+
+
+class Branching(nn.Module):
+    """One of two branches, by the value of a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.other, self.last = (nn.Linear(a, b) for a, b in ((6, 8), (8, 8), (8, 8), (8, 4)))
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(torch.cond(x.sum() > -1e9, lambda y: self.one(y).relu(), self.other, (x,)))
+
+
+def test_the_branch_that_cond_takes_is_looked_into() -> None:
+    report = tp.verify(Branching().eval(), TOKENS)
+    assert report.ok
+    assert not report.unsupported
+
+
+class Observed(nn.Module):
+    """Weights quantised with ranges that are observed as it runs, also in eval mode."""
+
+    def __init__(self, per_channel: bool) -> None:
+        super().__init__()
+        self.per_channel = per_channel
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, 4)
+        count = 8 if per_channel else 1
+        for name, kind in (("low", torch.float), ("high", torch.float), ("scale", torch.float), ("zero", torch.int)):
+            self.register_buffer(name, torch.ones(count).to(kind))
+        self.register_buffer("on", torch.ones(1, dtype=torch.long))
+
+    def forward(self, x):
+        ranges = (self.low, self.high, self.scale, self.zero, 0.01, -128, 127, 0, self.per_channel)
+        weight = torch.fused_moving_avg_obs_fake_quant(self.first.weight, self.on, self.on, *ranges)
+        return self.last(F.linear(x, weight, self.first.bias))
+
+
+def test_an_op_that_writes_to_several_tensors_leaves_them_as_they_were(model_state, states_equal) -> None:
+    model = Observed(per_channel=False).eval()
+    before = model_state(model)
+    graph = tp.DependencyGraph().build_dependency(model, TOKENS)
+    assert states_equal(before, model_state(model))
+    assert len(graph.get_pruning_group(model.first, tp.prune_linear_out_channels, [1])) > 1
+
+
+def test_channels_with_whole_zero_points_stay_and_the_cure_is_told() -> None:
+    report = tp.verify(Observed(per_channel=True).eval(), TOKENS)
+    assert report.prunable_share == 0
+    assert "prune before preparing quantisation" in report.frozen
+    assert not report.unsupported

@@ -1046,6 +1046,67 @@ class FactorisedEmbedding(nn.Module):
         return self.head(x.sum(1) / (~mask).sum(1, keepdim=True))
 
 
+class TemporalShift(nn.Module):
+    """A share of the channels comes from the frame before, one from the frame after (TSM)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.frames, self.share = 4, 4
+        self.first, self.second, self.head = _conv(3, 16), _conv(16, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        nt, c, h, w = x.size()
+        x = x.view(nt // self.frames, self.frames, c, h, w)
+        fold = c // self.share
+        out = torch.zeros_like(x)
+        out[:, :-1, :fold] = x[:, 1:, :fold]
+        out[:, 1:, fold : 2 * fold] = x[:, :-1, fold : 2 * fold]
+        out[:, :, 2 * fold :] = x[:, :, 2 * fold :]
+        x = self.second(out.view(nt, c, h, w)).mean((2, 3))
+        return self.head(x.view(nt // self.frames, self.frames, -1).mean(1))
+
+
+class CachedAttention(nn.Module):
+    """Keys and values go through buffers, from which they are read again; one fused matrix, split by the width."""
+
+    def __init__(self, width: int = 32, heads: int = 4) -> None:
+        super().__init__()
+        self.heads, self.embedding = heads, nn.Embedding(30, width)
+        self.qkv, self.out, self.head = nn.Linear(width, 3 * width), nn.Linear(width, width), nn.Linear(width, 30)
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(2, 16, heads, width // heads), persistent=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        n, t, c = x.shape
+        q, k, v = (z.view(n, t, self.heads, c // self.heads) for z in self.qkv(x).split(c, dim=-1))
+        self.keys[:n, :t], self.values[:n, :t] = k, v
+        q, k, v = (z.transpose(1, 2) for z in (q, self.keys[:n, :t], self.values[:n, :t]))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return self.head(self.out(y.transpose(1, 2).reshape(n, t, c)))
+
+
+class GroupedOutput(nn.Module):
+    """One shared head of keys and values; heads times dims are cut into groups of half a head, each with its matrix."""
+
+    def __init__(self, heads: int = 4, groups: int = 8) -> None:
+        super().__init__()
+        self.heads, self.groups, self.embedding = heads, groups, nn.Linear(6, 24)
+        self.q, self.k, self.v = nn.Linear(24, 8 * heads), nn.Linear(24, 8), nn.Linear(24, 8)
+        self.weight = nn.Parameter(torch.randn(groups * 6, 8 * heads // groups))
+        self.head = nn.Linear(groups * 6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        n, t, _ = x.shape
+        q, k, v = self.q(x).view(n, t, self.heads, -1).transpose(1, 2), self.k(x)[:, None], self.v(x)[:, None]
+        y = ((q @ k.transpose(-1, -2)).softmax(-1) @ v).transpose(1, 2)
+        y = y.reshape(n * t, self.groups, -1).transpose(0, 1)
+        weight = self.weight.view(self.groups, -1, y.shape[-1]).transpose(1, 2)
+        return self.head(torch.bmm(y, weight).transpose(0, 1).reshape(n, t, -1))
+
+
 def _pictures(body: Callable[[], nn.Module], width: int = 16, out: int | None = None, size: int = 16) -> Builder:
     return lambda: Network(Pictures(body(), width, out), torch.randn(2, 3, size, size))
 
@@ -1128,6 +1189,9 @@ def _whole() -> Table:
         "anchored": _on(Anchored, picture),
         "early_exits": _on(EarlyExits, picture),
         "highway": _on(Highway, (4, 8)),
+        "temporal_shift": _on(TemporalShift, (8, 3, 8, 8)),
+        "grouped_output": _on(GroupedOutput, (2, 5, 6)),
+        "cached_attention": lambda: Network(CachedAttention(), torch.randint(0, 30, (2, 6))),
         "two_stream": lambda: Network(
             TwoStream(), {"video": torch.randn(2, 3, 4, 6, 6), "audio": torch.randn(2, 4, 8)}
         ),

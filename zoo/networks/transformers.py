@@ -205,8 +205,23 @@ def _decoders() -> Table:
     found["gpt2"] = _make("GPT2", "LMHeadModel", gpt, _tokens())
     found["gpt2_classifier"] = _make("GPT2", "ForSequenceClassification", {**gpt, "pad_token_id": 0}, _tokens())
     found["gemma3_text"] = _gemma3
+    found["llama_cached"] = _cached("Llama", "ForCausalLM", DECODER)
+    found["gpt2_cached"] = _cached("GPT2", "LMHeadModel", gpt)
+    found["mamba_cached"] = _cached("Mamba", "ForCausalLM", state)
     found["llama_classifier"] = _make("Llama", "ForSequenceClassification", DECODER, _tokens())
     return found
+
+
+def _cached(kind: str, head: str, options: dict[str, Any]) -> Builder:
+    """As users call it: caches are returned beside the output, all of which counts."""
+
+    def build() -> Network:
+        import transformers
+
+        config = getattr(transformers, f"{kind}Config")(**options)
+        return Network(getattr(transformers, f"{kind}{head}")(config).float(), _tokens()())
+
+    return build
 
 
 def _gemma3() -> Network:
@@ -327,6 +342,10 @@ def _pictures() -> Table:
         "FocalNet": (
             image,
             {"image_size": 64, "embed_dim": 16, "depths": [1, 1], "focal_levels": [1, 1], "focal_windows": [3, 3]},
+        ),
+        "Hiera": (
+            image,
+            {"image_size": [64, 64], "embed_dim": 16, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8]},
         ),
         "EfficientNet": (
             image,

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prunus.held import Modules, held_tensors
+from prunus.higher import SeesInside
 from prunus.modes import tensors_among
 from prunus.tracing import ForwardFn, Inputs, call_model, tensors_in
 from prunus.untouched import untouched, without_mha_fastpath
@@ -99,7 +99,7 @@ def float_leaves(value: Any) -> list[torch.Tensor]:
     return [t for t in tree_leaves(value) if isinstance(t, torch.Tensor) and t.is_floating_point()]
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(SeesInside):
     """Numbers tensors and notes steps and calls; the same numbers in every run that does the same."""
 
     def __init__(self, subject: Subject) -> None:
@@ -158,8 +158,8 @@ class Recorder(TorchDispatchMode):
         self.shapes[fresh] = tensor.shape
         return fresh
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def see(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Note the op as a step."""
         if self._paused:
             return func(*args, **kwargs)
         ins = [*tensors_among(args), *tensors_among(kwargs.values())] if kwargs else [*tensors_among(args)]

@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import UninitializedParameter
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from prunus.cost.formulas import MACS, OPERATIONS
 from prunus.errors import InputError
+from prunus.higher import SeesInside
 from prunus.untouched import untouched, without_mha_fastpath
 
 __all__ = ["Cost", "call", "count", "count_ops_and_params", "count_params"]
@@ -166,7 +166,7 @@ def _watch(
     return counter.macs, counter.operations
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(SeesInside):
     """Counts every ATen op that runs while it is active, for the module that is running."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -175,10 +175,8 @@ class _Counter(TorchDispatchMode):
         self.operations: Counter[nn.Module] = Counter()
         self._running = [model]
 
-    def __torch_dispatch__(
-        self, func: OpOverload, types: object, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
+    def see(self, func: OpOverload, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Count the op, or those of which it is made."""
         name = func._schema.name
         macs, operations = MACS.get(name), OPERATIONS.get(name)
         if macs is None and operations is None:

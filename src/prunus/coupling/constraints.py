@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from fractions import Fraction
+from functools import cached_property
 from math import gcd, lcm
 
 import numpy as np
@@ -12,7 +13,7 @@ from prunus.coupling.families import Draft
 from prunus.coupling.units import Units
 from prunus.labels import Ids, first_row
 from prunus.ledger import Ledger, Limit, Requirement
-from prunus.sizes import Attribute, Expression, Extent, expression_of, leaves, solve_all
+from prunus.sizes import Attribute, Binary, Expression, Extent, evaluate, expression_of, leaves, solve_all
 
 TINY = 1e-6
 
@@ -33,7 +34,10 @@ class Constraints:
         self._lane_at = np.where(free, draft.lane_of[units.of_atom], -1)
         self._contents: dict[int, tuple[Ids, dict[int, int]]] = {}
         self._coarse: dict[int, bool] = {}
+        rows = [r.coarse.reshape(-1) for r in ledger.rows_of if r.split]
+        self._rows = set(units.unit_of(np.concatenate(rows)).tolist()) if rows else set()
         self._solved: dict[int, dict[Attribute, float]] = {}
+        self._constant: set[Attribute] = set()  # those that no family may change, as one of them would need fractions
         self.requirements: list[Requirement] = []
         self.expressions: list[Expression] = []
         self.by_lane: dict[int, set[int]] = {}
@@ -57,6 +61,12 @@ class Constraints:
         self.attributes.append([leaf for leaf in used if isinstance(leaf, Attribute)])
         for attribute in self.attributes[k]:
             self.using.setdefault(attribute, []).append(k)
+
+    @cached_property
+    def _only_divides(self) -> frozenset[Attribute | Extent]:
+        """The attributes by which the code divides wherever it uses them: they count nothing that can go."""
+        dividing = {a: sum(divisors(self.expressions[k]).count(a) for k in used) for a, used in self.using.items()}
+        return frozenset(a for a, n in dividing.items() if n == len(self.using[a]))
 
     def content(self, ids: Ids) -> dict[int, int]:
         """How many positions of a row go with each lane (a coarse unit that takes one of several rows is left out)."""
@@ -82,12 +92,34 @@ class Constraints:
             if joins:
                 self._join(joins, errors)
                 continue
+            if self._hold(involved, errors):
+                continue
             first, off = next(iter(involved.items()))
             for family in off:
                 del errors[family]
                 self.draft.pin(family, _reason(self.expressions[first], self.requirements[first]))
         for family in errors:
             self.draft.step[family] = self._step(family)
+
+    def _hold(self, involved: Mapping[int, Mapping[int, float]], errors: dict[int, dict[int, float]]) -> bool:
+        """Keep attributes by which the code divides, and that a family cannot change in whole numbers, as they are.
+
+        Other families, which could change them, must shrink in step with that one then. Whether there are any.
+        """
+        dividing = {d for k in involved for d in divisors(self.expressions[k]) if d in self._only_divides}
+        held = {a for f in errors for a, v in self._solved[f].items() if a in dividing and v != self.read(a)}
+        self._constant |= held
+        for family in errors if held else ():
+            if held.intersection(self._solved[family]):
+                errors[family] = self._errors(family)
+        return bool(held)
+
+    def _stays(self, expression: Expression, size: float, attribute: Attribute) -> bool:
+        """An attribute by which the code divides changes in whole numbers only where the quotient stays the same."""
+        if attribute in self._constant:
+            return True
+        now = evaluate(expression, lambda leaf: leaf.ids.shape[-1] if isinstance(leaf, Extent) else self.read(leaf))
+        return size != now and attribute in divisors(expression)
 
     def respect(self, limits: Iterable[Limit]) -> None:
         """Steps and least numbers of bundles that keep the limits; a family that cannot keep them is pinned."""
@@ -150,10 +182,11 @@ class Constraints:
         return []
 
     def _is_coarse(self, family: int) -> bool:
+        """Whether its units are rows of a split (heads); a channel that takes columns of a flattened dim is not."""
         found = self._coarse.get(family)
         if found is None:
             lane = int(np.flatnonzero(self.draft.family_of == family)[0])
-            found = self._coarse[family] = self.units.is_coarse(int(self.draft.lanes[lane][0]))
+            found = self._coarse[family] = int(self.draft.lanes[lane][0]) in self._rows
         return found
 
     def _errors(self, family: int) -> dict[int, float]:
@@ -170,7 +203,7 @@ class Constraints:
             return found
 
         demands = [(self.expressions[k], extent(self.requirements[k].ids)) for k in relevant]
-        self._solved[family], values = solve_all(demands, extent, self.read)
+        self._solved[family], values = solve_all(demands, extent, self.read, self._stays)
         errors = {}
         for k, (_, size), value in zip(relevant, demands, values, strict=True):
             if value is not None and abs(value - size) > TINY:
@@ -206,6 +239,14 @@ def is_own_size(requirement: Requirement) -> bool:
     """Whether the code sizes a dim by that dim's own size, which always holds."""
     expression = expression_of(requirement.asked)
     return isinstance(expression, Extent) and expression.ids is requirement.ids
+
+
+def divisors(expression: Expression) -> list[Attribute | Extent]:
+    """The attributes and extents by which an expression divides."""
+    if not isinstance(expression, Binary):
+        return []
+    inside = [*divisors(expression.left), *divisors(expression.right)]
+    return [*inside, *leaves(expression.right)] if expression.operator == "//" else inside
 
 
 def _tally(values: Ids) -> dict[int, int]:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from prunus.higher import SeesInside
 from prunus.repair.chains import BATCH_NORMS
 from prunus.repair.crowd import Heap, Place, crowds
 from prunus.repair.lanes import Lane
@@ -31,19 +31,19 @@ class _At:
     var: Tensor
 
 
-class _Watch(TorchDispatchMode):
+class _Watch(SeesInside):
     def __init__(self, lane: Lane[_At]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.lane, self.nth = lane, -1
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def see(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         self.lane.check()
         if func.overloadpacket.__name__ in BATCH_NORMS:
-            a = arguments(func, args, kwargs or {})
+            a = arguments(func, args, kwargs)
             if a["running_mean"] is not None and not a.get("training", a.get("train")):
                 self.nth += 1
                 self.lane.halt(_At(self.nth, a["input"], a["running_mean"], a["running_var"]))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
 def reestimate(model: nn.Module, batches: Sequence[Batch], run: Run, held: Sequence[int], room: int) -> int:

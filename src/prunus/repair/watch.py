@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from prunus.higher import SeesInside
 from prunus.repair.recurrent import CELLS, NETWORKS, Gates, run
 from prunus.repair.sites import Call, Region, locate, parse
 
@@ -61,7 +61,7 @@ def _memory(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-class Watch(TorchDispatchMode):
+class Watch(SeesInside):
     """Numbers the ops of a run, and tells of multiplications before and of all ops after they run.
 
     Args:
@@ -83,8 +83,8 @@ class Watch(TorchDispatchMode):
         self._counts: dict[str, int] = {}
         self._casts: dict[int, tuple[Tensor, Tensor]] = {}  # by memory: a parameter in another dtype
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def see(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Number the op, and tell of it."""
         self.step += 1
         if func.overloadpacket.__name__ in RECURRENT:
             return self._recurrent(func, args, kwargs)

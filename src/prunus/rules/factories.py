@@ -24,6 +24,8 @@ aten = torch.ops.aten
     aten.new_ones,
     aten.new_full,
     aten.new_empty,
+    aten.new_empty_strided,
+    aten.empty_strided,
 )
 def factory(op: Op, *args: Any, **kwargs: Any) -> Dims:
     """A tensor of a size that the code names; the values of some are all equal."""

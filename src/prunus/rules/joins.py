@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from prunus.labels import Dims, Ids, Label, Labelled, settle
+from prunus.ledger import Cut
 from prunus.rules.table import Op, rule
 from prunus.rules.views import move, sized
 
@@ -90,13 +91,23 @@ def slice_(
             op.require_same(bound if bound is None or bound > 0 else -bound)
     if label is None or (first == 0 and last >= size and step == 1):
         return take(x, dim, slice(first, last, step)) if x.labelled else x.dims
+    if 1 < step < size and size % step == 0 and first < step and last > size - step:
+        _live_in_runs(op, label, step)
+        return take(x, dim, slice(first, last, step))
     bounds = op.call.bounds(first, last, size) if step == 1 else None
     if bounds is None:
         op.freeze([label], f"{op.name} cuts it at fixed positions")
     else:
         _require_bounds(op, label, first, last, bounds)
         op.ledger.parts.append(label.ids[..., first:last])
+        op.ledger.cuts.append(Cut(label.ids, first, last))
     return take(x, dim, slice(first, last, step))
+
+
+def _live_in_runs(op: Op, label: Label, step: int) -> None:
+    """Where every ``step``-th position is taken, each run of so many lives together."""
+    runs = label.ids.reshape(*label.ids.shape[:-1], -1, step)
+    op.ledger.tie(runs[..., :-1], runs[..., 1:])
 
 
 def _require_bounds(op: Op, label: Label, first: int, last: int, bounds: tuple[Any, Any]) -> None:
@@ -119,6 +130,7 @@ def split(op: Op, x: Labelled, sizes: int | Sequence[int] | Labelled, dim: int =
     parts = [slice(int(e) - s[dim], int(e)) for e, s in zip(ends, op.shapes, strict=True)]
     label = x.dims[dim]
     if label is not None and len(parts) > 1:
+        op.ledger.cuts.extend([Cut(label.ids, part.start, part.stop) for part in parts])
         _require_parts(op, label, parts, sizes)
     elif label is None and not isinstance(sizes, Labelled):
         for asked in op.call.sizes([sizes] if isinstance(sizes, int) else list(sizes)) or ():
@@ -163,6 +175,8 @@ def chunk(op: Op, x: Labelled, chunks: int, dim: int = 0) -> list[Dims | None]:
         else:
             op.freeze([label], f"{op.name} cuts it into unequal parts")
     ends = np.cumsum(sizes)
+    if label is not None:
+        op.ledger.cuts.extend([Cut(label.ids, int(e) - n, int(e)) for e, n in zip(ends, sizes, strict=True)])
     return [take(x, dim, slice(int(e) - n, int(e))) for e, n in zip(ends, sizes, strict=True)]
 
 

@@ -28,5 +28,8 @@ def view_as_real(op: Op, x: Labelled) -> Dims:
 
 @rule(aten.view_as_complex)
 def view_as_complex(op: Op, x: Labelled) -> Dims:
-    """The last dim holds the real and the imaginary part."""
+    """The last dim holds the real and the imaginary part, side by side in memory, from an even place on."""
+    pairs = x.dims[-2] if x.ndim > 1 else None
+    if pairs is not None:
+        op.ledger.keep_even(pairs.ids, f"{op.name} reads pairs of numbers in the memory of a wider tensor")
     return fix(op, x, (x.ndim - 1,), "it is the real and the imaginary part of one number").dims[:-1]

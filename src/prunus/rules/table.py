@@ -65,6 +65,7 @@ READS_NUMBERS = frozenset(
 MAKES = frozenset(
     [
         *("zeros", "ones", "full", "empty", "rand", "randn", "new_zeros", "new_ones", "new_full", "new_empty"),
+        *("empty_strided", "new_empty_strided"),
         *("arange", "eye", "expand", "repeat"),
     ]
 )

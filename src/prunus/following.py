@@ -1,0 +1,79 @@
+"""Attributes that follow: what the integers that modules keep must be when some positions are gone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prunus.coupling import Coupling
+from prunus.errors import SurgeryError
+from prunus.labels import Ids, surviving
+from prunus.sizes import Attribute, Extent, evaluate, expression_of, leaves, read_attribute, solve_all
+
+TINY = 1e-6
+
+
+def followed(coupling: Coupling, alive: NDArray[np.bool_]) -> Iterator[tuple[Attribute, int]]:
+    """The attributes that change when only the ``alive`` atoms are left, each with its new value.
+
+    Raises:
+        SurgeryError: a size cannot be what the code needs, or the code would take another path.
+    """
+    requirements = coupling.trace.ledger.requirements
+
+    def read(attribute: Attribute) -> int:
+        return read_attribute(coupling.trace.model, attribute)
+
+    demands = [(expression_of(r.asked), surviving(alive, r.ids)) for r in requirements]
+    solved, values = solve_all(demands, lambda ids: surviving(alive, ids), read)
+    for requirement, (expression, size), value in zip(requirements, demands, values, strict=True):
+        if size == 0 and requirement.ids.size:
+            raise SurgeryError(f"a part sized by {expression} would lose its last position; remove fewer")
+        if value is None or abs(value - size) > TINY:
+            raise SurgeryError(
+                f"{expression} would be {value} where the code needs {size} "
+                f"({requirement.place or 'step ' + str(requirement.step)}); the plan was not made"
+            )
+    for attribute, new in solved.items():
+        if abs(new - round(new)) > TINY:
+            raise SurgeryError(f"{attribute} would have to be {new:g}, which is no whole number; remove another number")
+    asked = {leaf for expression, _ in demands for leaf in leaves(expression)}
+    for pair in coupling.trace.ledger.equal:
+        for one, other in (pair, pair[::-1]):  # nothing but the comparison is known of the other
+            if one in solved and other not in asked:
+                solved[other] = solved[one]
+    _keep_apart(coupling, solved, asked, lambda ids: surviving(alive, ids))
+    changed = ((a, round(v)) for a, v in solved.items() if round(v) != read(a))
+    return iter(list(changed))
+
+
+def _keep_apart(
+    coupling: Coupling, solved: dict[Attribute, float], asked: set[Attribute | Extent], extent: Callable[[Ids], float]
+) -> None:
+    """Sizes that the code compared, and that differed, differ still: an attribute that nothing else asks for follows.
+
+    Raises:
+        SurgeryError: they would be equal, and the code would take another path.
+    """
+
+    def known(leaf: Attribute | Extent) -> float:
+        if isinstance(leaf, Extent):
+            return extent(leaf.ids)
+        return solved.get(leaf, read_attribute(coupling.trace.model, leaf))
+
+    for pair, sizes in coupling.trace.ledger.unequal.items():
+        values = [evaluate(expression, known) for expression in pair]
+        if values[0] is None or values[0] != values[1]:
+            continue
+        for k, other in enumerate(pair):
+            if isinstance(other, Attribute) and other not in asked:
+                scaled = round(sizes[k] * values[0] / sizes[1 - k])
+                solved[other] = scaled if scaled != values[0] else values[0] + (1 if sizes[k] > sizes[1 - k] else -1)
+                break
+        else:
+            raise SurgeryError(
+                f"{pair[0]} and {pair[1]}, which the code compares, would both be {values[0]:g}, and the code would "
+                "take another path; remove another number"
+            )
