@@ -28,7 +28,8 @@ LEVELS = [
     {"coupling"},
     {"drops", "plan"},
     {"surgery", "containers", "handlers", "cost", "calibration", "importance", "functions", "ops"},
-    {"selection", "heads", "regularize", "recover", "recipe", "report", "repair", "allocation", "budget", "obstacles"},
+    {"selection", "heads", "regularize", "recover", "recipe", "report", "repair", "allocation", "budget", "obstacles"}
+    | {"distill"},
     {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "blocks", "utils"}
     | {"dependency", "serialization", "spending", "sensitivity", "inspection", "speed", "samples", "cutting"},
     {"integrations"},
