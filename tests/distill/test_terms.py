@@ -35,6 +35,7 @@ def test_features_are_compared_as_shares_of_the_dense_variance() -> None:
     dense = torch.randn(50, 7) * 4 + 10
     mean = dense.mean().expand_as(dense)
     assert apart(dense, dense).item() == 0
+    assert apart(dense, torch.zeros(50, 7)).item() == 0
     assert apart(mean, dense).item() == pytest.approx(1, rel=1e-4)
     assert share_apart([[mean], [dense]], [[dense], [dense]]) == pytest.approx(0.5, rel=1e-4)
     assert share_apart([[mean[:, :3]]], [[dense]]) is None

@@ -46,14 +46,16 @@ def softened(student: Tensor, dense: Tensor, temperature: float, dim: int | None
 
 
 def apart(student: Tensor, dense: Tensor) -> Tensor:
-    """The mean squared difference, as a share of the variance of the dense values.
+    """The mean squared difference, as a share of the variance of the dense values; 0 where those are all the same.
 
     Example:
         >>> apart(torch.tensor([1.0, 4.0]), torch.tensor([1.0, 3.0])).item()
         0.5
     """
     dense = dense.float()
-    return (student.float() - dense).square().mean() / dense.var(unbiased=False).clamp(min=TINY)
+    spread = dense.var(unbiased=False)
+    gap = (student.float() - dense).square().mean()
+    return torch.where(spread > TINY, gap / spread.clamp(min=TINY), 0.0 * gap)
 
 
 def logits_in(outputs: Any) -> Tensor:
