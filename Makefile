@@ -1,6 +1,6 @@
 # make test    set everything up in .venv, then lint, types and tests
 # make demo    set everything up in .venv, then train, prune, fine-tune and export a detector on generated images
-# make bench   measure graph and repair against Torch-Pruning, and decoders too big to hold (BENCHES='budgets latency': those)
+# make bench   measure graph, scores, choice and repair against Torch-Pruning, and decoders too big to hold (two hours; BENCHES='budgets latency': those)
 # make bench-zoo  time whole cuts of the zoo's networks against Torch-Pruning (an hour; BENCH_ZOO_ARGS='--sample 120': some)
 # make zoo     prune real networks of many libraries, built at random, and check everything on each
 # make clean   remove .venv, caches and the output of demo, bench and zoo
@@ -14,7 +14,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 # the environment is made from pyproject.toml alone, and again whenever that, or the Python, changes
 KEY := $(shell $(PYTHON) -c 'import hashlib, sys; print(hashlib.sha256(open("pyproject.toml", "rb").read() + sys.version.encode()).hexdigest()[:16])')
-BENCHES ?= graph scale repair
+BENCHES ?= graph scale scoring choice repair
 MADE := $(VENV)/made-from-$(KEY)
 MADE_BENCH := $(VENV)/made-bench-from-$(KEY)
 MADE_ZOO := $(VENV)/made-zoo-from-$(KEY)

@@ -4,7 +4,7 @@
 that users of structured pruning know, so that ``import prunus as tp`` runs the scripts they have.
 """
 
-from prunus import cost, dependency, functions, importance, ops, pruner, regularize, serialization, utils
+from prunus import cost, dependency, distill, functions, importance, ops, pruner, regularize, serialization, utils
 from prunus import functions as function
 from prunus import pruner as algorithms
 from prunus._version import __version__
@@ -75,6 +75,7 @@ __all__ = [
     "calibrate",
     "cost",
     "dependency",
+    "distill",
     "drop_blocks",
     "find_blocks",
     "freeze",

@@ -291,7 +291,7 @@ def test_the_page_about_repair_runs() -> None:
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
         exec(compile("\n" * text.count("\n", 0, block.start(1)) + block[1], "repair.md", "exec"), namespace)
-    assert len(blocks) == 2
+    assert len(blocks) == 4
 
 
 class Tied(nn.Module):
