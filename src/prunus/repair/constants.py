@@ -76,8 +76,10 @@ def may_have_constants(model: nn.Module, plan: Plan) -> bool:
         corner: tuple[Any, ...] = tuple(slice(None) if d == removal.dim else 0 for d in range(p.dim()))
         zeros = set((p.detach()[corner] == 0).nonzero().flatten().tolist())  # few rows begin with one
         suspects = [k for k in removal.positions if k in zeros]
+        if not suspects:
+            continue
         rows = p.detach().movedim(removal.dim, 0)[suspects]
-        if suspects and bool((rows == 0).reshape(len(suspects), -1).all(1).any()):
+        if bool((rows == 0).reshape(len(suspects), -1).all(1).any()):
             return True
     return False
 
