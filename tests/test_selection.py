@@ -11,6 +11,11 @@ from prunus.coupling import Family
 from prunus.selection import Policy, Ranking, choose, choose_each, rank
 
 
+def together(family: Family) -> int:
+    """All families compete."""
+    return 0
+
+
 def families(*sizes: int, lanes: int = 1, least: int = 1) -> tuple[list[Family], int]:
     """Families with consecutive units, and how many units there are."""
     found, start = [], 0
@@ -43,14 +48,14 @@ def test_each_family_loses_its_share_of_the_least_important() -> None:
 def test_ties_go_by_position() -> None:
     rankings = ranked([4, 4], np.zeros(8))
     assert choose(rankings, Policy(lambda f: 0.5)).tolist() == [0, 1, 4, 5]
-    assert choose(rankings, Policy(lambda f: 0.25, all_families_compete=True)).tolist() == [0, 1]
+    assert choose(rankings, Policy(lambda f: 0.25, scope_of=together)).tolist() == [0, 1]
 
 
 def test_one_threshold_for_all_that_compete() -> None:
     rankings = ranked([4, 4, 4])  # scores rise from the first family to the last
-    assert left(rankings, Policy(lambda f: 0.5, all_families_compete=True)) == [1, 1, 4]
-    assert left(rankings, Policy(lambda f: 0.5, cap=0.75, all_families_compete=True)) == [1, 1, 4]
-    assert left(rankings, Policy(lambda f: 0.5, cap=0.5, all_families_compete=True)) == [2, 2, 2]
+    assert left(rankings, Policy(lambda f: 0.5, scope_of=together)) == [1, 1, 4]
+    assert left(rankings, Policy(lambda f: 0.5, cap=0.75, scope_of=together)) == [1, 1, 4]
+    assert left(rankings, Policy(lambda f: 0.5, cap=0.5, scope_of=together)) == [2, 2, 2]
 
 
 def test_scopes_compete_within_themselves() -> None:
@@ -94,7 +99,7 @@ def test_rounding_never_breaks_the_cap() -> None:
 
 
 def test_nothing_is_offered() -> None:
-    assert choose([], Policy(lambda f: 0.5, all_families_compete=True)).tolist() == []
+    assert choose([], Policy(lambda f: 0.5, scope_of=together)).tolist() == []
     gone = [rank(f, np.zeros(4), np.zeros(4, dtype=bool)) for f in families(4)[0]]
     assert len(gone[0]) == 0
     assert choose(gone, Policy(lambda f: 0.5, round_to=8)).tolist() == []
@@ -117,7 +122,7 @@ def test_what_holds_for_any_policy(
     """Caps, minima and multiples hold; no more goes than the share; the same choice every time."""
     scores = np.random.default_rng(seed).integers(0, 5, sum(sizes) * lanes).astype(float)
     rankings = ranked(sizes, scores, lanes=lanes, least=least)
-    policy = Policy(lambda f: share, cap, round_to, compete)
+    policy = Policy(lambda f: share, cap, round_to, together if compete else None)
     kept = left(rankings, policy)
     for ranking, n in zip(rankings, kept, strict=True):
         count = ranking.family.count
@@ -132,7 +137,7 @@ def test_what_holds_for_any_policy(
 def test_one_threshold_over_many_is_exact() -> None:
     """Of 200,000 channels in 100 families exactly half stay."""
     rankings = ranked([2000] * 100, np.random.default_rng(0).random(200_000))
-    kept = left(rankings, Policy(lambda f: 0.5, all_families_compete=True))
+    kept = left(rankings, Policy(lambda f: 0.5, scope_of=together))
     assert sum(kept) == 100_000
 
 

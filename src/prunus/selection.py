@@ -107,14 +107,12 @@ class Policy:
     ``ratio_of`` gives the share that goes from a family (None: leave it); ``cap`` is the largest share of any family
     over the whole job, and ``cap_of`` that of one family (None: ``cap``); ``least_of`` is how many bundles of a family,
     as they were at first, stay at least; ``round_to`` makes the widths that stay multiples of it, where a family allows
-    it. Families with the same ``scope_of`` compete for what goes; without it all do (``all_families_compete``), or each
-    stands alone.
+    it. Families with the same ``scope_of`` compete for what goes; without it each stands alone.
     """
 
     ratio_of: Callable[[Family], float | None]
     cap: float = 1.0
     round_to: int | None = None
-    all_families_compete: bool = False
     scope_of: Callable[[Family], Hashable] | None = None
     cap_of: Callable[[Family], float | None] | None = None
     least_of: Callable[[Family], int] | None = None
@@ -151,9 +149,7 @@ def _scopes(rankings: Sequence[Ranking], policy: Policy) -> list[list[int]]:
     for k, ranking in enumerate(rankings):
         if policy.ratio_of(ranking.family) is None:
             continue
-        key: Hashable = 0 if policy.all_families_compete else k
-        if policy.scope_of is not None:
-            key = policy.scope_of(ranking.family)
+        key: Hashable = k if policy.scope_of is None else policy.scope_of(ranking.family)
         found.setdefault(key, []).append(k)
     return list(found.values())
 
