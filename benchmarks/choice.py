@@ -67,7 +67,7 @@ def our_scores(task: Task) -> Scores:
         found["BN scale"] = (scores.BNScaleImportance(), ("uniform", "global"))
     labelled = copy.deepcopy(task.model)
     task.loss(labelled).backward()
-    gradients = {n: p.grad for n, p in labelled.named_parameters()}
+    gradients = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in labelled.named_parameters()}
     found["Taylor"] = (_WithGradients(scores.TaylorImportance(), gradients), ("uniform", "global"))
     return found
 
