@@ -80,7 +80,7 @@ def refine(  # noqa: PLR0913 - each keyword is a choice of the user
         >>> _ = torch.manual_seed(0)
         >>> model = nn.Sequential(nn.Linear(8, 32), nn.Tanh(), nn.Linear(32, 4))
         >>> dense, data = copy.deepcopy(model), [torch.randn(32, 8) for _ in range(5)]
-        >>> plan = prunus.prune(model, torch.randn(1, 8), data=data).plan
+        >>> plan = prunus.prune(model, torch.randn(1, 8), prunus.Target(macs=0.2), data=data).plan
         >>> report = prunus.distill.refine(model, dense, plan, data)
         >>> report.after < report.before
         True
