@@ -186,7 +186,7 @@ class _Round:
         graph, order = self.graph, self.order
         plan, after = graph._plan(units)
         before = self._before(plan)
-        whole = plan if self.samples is None else self.plan_of(units)
+        whole = plan if self.samples is None or self.number == 1 else self.plan_of(units)
         receipt = graph._apply(plan, after, optimizer=optimizer)
         report = None
         try:

@@ -187,3 +187,8 @@ def _name(events: Any, layer_of: Any, step: int) -> str:
 
 def _op(event: Any) -> str:
     return f"{event.name} in {event.module}" if event.module else event.name
+
+
+def percent(value: float | None) -> str:
+    """A share for a cell of a table; empty where there is none."""
+    return "" if value is None else f"{value:.2%}"

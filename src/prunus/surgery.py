@@ -37,6 +37,18 @@ class Change:
     undo: Callable[[], None]
 
 
+def data_swap(tensor: torch.Tensor, new: torch.Tensor) -> Change:
+    """Let a tensor have other values, in memory of their own; its gradient stays."""
+    old = tensor.data
+
+    def put(data: torch.Tensor) -> None:
+        grad, tensor.grad = tensor.grad, None
+        tensor.data = data
+        tensor.grad = grad
+
+    return Change(lambda: put(new), lambda: put(old))
+
+
 @dataclass
 class Receipt:
     """What was changed; ``undo()`` puts every bit back."""

@@ -20,7 +20,7 @@ from prunus.drops import earlier_name, within
 from prunus.errors import InputError, PrunusError
 from prunus.plan import Plan
 from prunus.repair import frozen, read
-from prunus.surgery import Change, Receipt
+from prunus.surgery import Receipt, data_swap
 from prunus.tracing import ForwardFn
 from prunus.untouched import untouched, without_mha_fastpath
 
@@ -294,20 +294,9 @@ def _commit(model: nn.Module, copied: nn.Module, names: set[str], receipt: Recei
     try:
         for name, parameter in model.named_parameters():
             if name in names and not torch.equal(parameter, values[name]):
-                change = _swap(parameter, values[name].detach())
+                change = data_swap(parameter, values[name].detach())
                 receipt.changes.append(change)
                 change.do()
     except BaseException:
         receipt.undo()
         raise
-
-
-def _swap(parameter: nn.Parameter, new: Tensor) -> Change:
-    old = parameter.data
-
-    def put(data: Tensor) -> None:
-        grad, parameter.grad = parameter.grad, None
-        parameter.data = data
-        parameter.grad = grad
-
-    return Change(lambda: put(new), lambda: put(old))

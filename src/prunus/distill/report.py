@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from prunus.report import render
+from prunus.report import percent, render
 from prunus.surgery import Receipt
 
 
@@ -67,7 +67,7 @@ class RefineReport:
             table.add_column(name, justify="right")
         table.add_column("")
         for b in self.blocks:
-            table.add_row(b.block or "outputs", _share(b.before), _share(b.after), b.reason)
+            table.add_row(b.block or "outputs", percent(b.before), percent(b.after), b.reason)
         lines = [render(table)]
         if self.before is not None and self.after is not None:
             lines.append(
@@ -75,7 +75,3 @@ class RefineReport:
                 f"{self.before:.2%} of their variance before, {self.after:.2%} after."
             )
         return "\n".join((*lines, *self.notes))
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.2%}"

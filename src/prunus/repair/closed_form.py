@@ -21,7 +21,7 @@ from prunus.repair.samples import LANES, Batch, explained, held_share, read
 from prunus.repair.sweep import Refitted, Run, Sweep, wanted
 from prunus.repair.twins import frozen, separate, sharing
 from prunus.repair.watch import Key, Watch, Weights, guarded
-from prunus.surgery import Change, Receipt, apply
+from prunus.surgery import Change, Receipt, apply, data_swap
 from prunus.tracing import ForwardFn, call_model
 from prunus.untouched import untouched, without_mha_fastpath
 
@@ -248,16 +248,5 @@ def _commit(model: nn.Module, copy: nn.Module) -> list[Change]:
         if torch.equal(tensor, value):
             continue
         new = made.setdefault((value.data_ptr(), value.shape), value.detach().clone())
-        changes.append(_swap(tensor, new))
+        changes.append(data_swap(tensor, new))
     return changes
-
-
-def _swap(tensor: Tensor, new: Tensor) -> Change:
-    old = tensor.data
-
-    def put(data: Tensor) -> None:
-        grad, tensor.grad = tensor.grad, None
-        tensor.data = data
-        tensor.grad = grad
-
-    return Change(lambda: put(new), lambda: put(old))

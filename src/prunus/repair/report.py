@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from rich.table import Table
 
-from prunus.report import render
+from prunus.report import percent, render
 from prunus.surgery import Receipt
 
 
@@ -77,7 +77,7 @@ class RepairReport:
         for layer in self.layers:
             ridge = "" if layer.reason else "bias only" if layer.ridge is None else f"{layer.ridge:g}"
             why = layer.reason or ("with the stream's drift" if layer.corrected else "")
-            table.add_row(layer.layer, f"{layer.rows:,}", _share(layer.before), _share(layer.after), ridge, why)
+            table.add_row(layer.layer, f"{layer.rows:,}", percent(layer.before), percent(layer.after), ridge, why)
         lines = [render(table)] if self.layers else []
         if self.before is not None and self.after is not None:
             lines.append(
@@ -87,7 +87,3 @@ class RepairReport:
         if self.norms:
             lines.append(f"{self.norms} batch norms have new statistics.")
         return "\n".join((*lines, *self.notes))
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.2%}"
