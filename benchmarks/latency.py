@@ -32,7 +32,7 @@ NOISE = 0.02
 
 @dataclass(frozen=True)
 class Row:
-    """One network: times in milliseconds (medians of turns), MACs as shares of the dense network's."""
+    """One network: times in milliseconds (in turns), MACs as shares of the dense network's."""
 
     network: str
     dense: float = 0.0

@@ -76,7 +76,8 @@ class Network(nn.Module):
 
 
 def table(block: int = 1) -> LatencyTable:
-    return LatencyTable("cpu", folder=False, timer=faked(block))
+    timer = faked(block)
+    return LatencyTable("cpu", False, timer, lambda calls, device: [timer(call, device) for call in calls])
 
 
 def vit() -> tuple[nn.Module, torch.Tensor]:
@@ -88,8 +89,9 @@ def vit() -> tuple[nn.Module, torch.Tensor]:
 NETWORKS: dict[str, Callable[[], tuple[nn.Module, torch.Tensor]]] = {"convolutions": lambda: (Network(), X), "vit": vit}
 
 
-@pytest.mark.parametrize("network", NETWORKS)
-def test_exact_predictions_are_what_the_cut_model_takes(network: str) -> None:
+@pytest.mark.parametrize(("network", "off"), [("convolutions", 0.001), ("vit", 0.2)])
+def test_predictions_are_what_the_cut_model_takes(network: str, off: float) -> None:
+    """Views, of which a ViT has many, are not timed alone: until a plan is measured, their time is shared out."""
     model, inputs = NETWORKS[network]()
     graph = DependencyGraph().build_dependency(model.eval(), inputs)
     predicted = LatencyModel(graph.coupling, inputs, table())
@@ -100,9 +102,8 @@ def test_exact_predictions_are_what_the_cut_model_takes(network: str) -> None:
     result = prunus.prune(cut, inputs, Target(macs=0.4))
     left = faked()(lambda: cut(inputs), torch.device("cpu"))
     alive = result.graph.alive
-    predicted.calibrate(alive, left)
-    assert predicted.exact(alive) == pytest.approx(left, rel=1e-6)
-    assert predicted(alive) == pytest.approx(left, rel=0.15)
+    assert predicted.exact(alive) == pytest.approx(left, rel=off)
+    assert predicted(alive) == pytest.approx(left, rel=off + 0.15)
 
 
 def test_between_measured_widths_few_calls_are_timed() -> None:
@@ -153,17 +154,26 @@ def test_views_are_free_and_copies_are_not() -> None:
     assert [(c.name, c.free) for c in calls] == [("transpose", True), ("reshape", False), ("relu", False)]
 
 
-@pytest.mark.parametrize("target", [0.6, 1.2])
-def test_a_latency_is_met(target: float) -> None:
-    """As a share and in milliseconds."""
-    model = Network().eval()
-    dense = faked()(lambda: model(X), torch.device("cpu"))
-    result = prunus.prune(model, X, Target(latency=0.6 if target < 1 else target * dense / 2), latency_table=table())
-    now = faked()(lambda: model(X), torch.device("cpu"))
+@pytest.mark.parametrize(("network", "off"), [("convolutions", 1e-6), ("vit", 0.03)])
+@pytest.mark.parametrize("in_ms", [False, True])
+def test_a_latency_is_met(network: str, off: float, in_ms: bool) -> None:
+    """As a share and in milliseconds; where calls alone do not add up to the model, after plans were measured."""
+    model, inputs = NETWORKS[network]()
+    model.eval()
+    dense = faked()(lambda: model(inputs), torch.device("cpu"))
+    asked = Target(latency=0.6 * dense * 1000) if in_ms else Target(latency=0.6)
+    slower = 1000 if in_ms else 1
+
+    def timer(thunk: Callable[[], Any], device: torch.device) -> float:
+        return slower * faked()(thunk, device)
+
+    own = LatencyTable("cpu", False, timer, lambda calls, device: [timer(call, device) for call in calls])
+    result = prunus.prune(model, inputs, asked, latency_table=own)
+    now = faked()(lambda: model(inputs), torch.device("cpu"))
     assert result.budget is not None
-    assert result.budget.measured == (pytest.approx(dense), pytest.approx(now))
-    assert result.budget.reached["latency"] == pytest.approx(now, rel=1e-6)
-    assert 0.95 * 0.6 <= now / dense <= 0.6
+    assert result.budget.measured == (pytest.approx(slower * dense), pytest.approx(slower * now))
+    assert result.budget.reached["latency"] == pytest.approx(slower * now, rel=off)
+    assert 0.95 * 0.6 <= now / dense <= 0.6 * (1 + off)
     assert "latency measured" in str(result)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -31,6 +31,8 @@ from prunus.speed import Timing, spend_time
 from prunus.spending import Measure, Wish, spend
 from prunus.surgery import Change, Receipt
 from prunus.tracing import ForwardFn, Inputs, call_model
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -224,11 +226,22 @@ class _Round:
         table = LatencyTable(device) if self.order.table is None else self.order.table
         model = LatencyModel(graph.coupling, self.order.inputs, table, self.order.forward_fn)
         without = partial(graph.coupling.without, graph.alive)
-        timing = Timing(model, lambda units: self._with(units, lambda m: model.measured()), choices, without)
+        timing = Timing(model, partial(self._race, model), choices, without)
         try:
             return spend_time(graph.alive, timing, target, wish, special, self.order.round_to, self._judge)
         finally:
             table.save()
+
+    def _race(self, times: LatencyModel, units: Ids) -> tuple[float, float]:
+        """The milliseconds of the model and of the one without some units: in turns, if it can be copied."""
+        model = self.graph.model
+        try:
+            whole = frozen(model)
+        except InputError:
+            (before,) = times.race(model)
+            return before, self._with(units, lambda cut: times.race(cut)[0])
+        before, after = self._with(units, lambda cut: times.race(whole, cut))
+        return before, after
 
     def _judge(self, units: Ids) -> float:
         """How good the model is without some units: by the caller's metric, or by its outputs after repair."""
@@ -238,7 +251,7 @@ class _Round:
         plan = self.plan_of(units)
         return self._with(units, lambda model: samples.nearness(model, plan))
 
-    def _with(self, units: Ids, measure: Callable[[nn.Module], float]) -> float:
+    def _with(self, units: Ids, measure: Callable[[nn.Module], T]) -> T:
         """A measure of the model without some units; the model is as it was afterwards."""
         receipt = self.graph._prune(units, record_history=False)
         try:

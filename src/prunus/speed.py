@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import accumulate
+
+import numpy as np
 
 from prunus.allocation import Offered
 from prunus.budget import BUDGETS, Found, Target
@@ -17,29 +19,90 @@ from prunus.spending import Measure, Wish, spend
 ROUNDINGS = (1, 8, 16, 32)  # widths that stay are multiples of one of them
 CORRECTIONS = 6  # of the search's limit, by what the calls take at the very widths that it found
 CLOSE = 0.02  # of the limit: a plan within it is not corrected again
-TURNS = 5
 UNSTEADY = 1.25  # by so much two measurements of one model may differ
-TRUST = 0.04  # a prediction that is further from what is measured is made again, from what was measured
-LESSONS = 2  # how often
+TRUST = 0.03  # a prediction that is further from what is measured is made again, from what was measured
+LESSONS = 3  # how often
+TOO_SLOW = 0.1  # a plan that takes so much longer than predicted does not count, where there is no better one
+FACTOR = 4.0  # by which a model may at most gain more, or less, than its calls do alone
 
 
 @dataclass(frozen=True)
 class Timing:
     """What a search for time needs.
 
-    ``model`` predicts; ``measure`` times the model without some units; ``choices`` gives what may be removed when the
-    widths that stay are multiples of a number; ``without`` gives the atoms that are left without some units.
+    ``model`` predicts; ``race`` gives the milliseconds of the whole model and of the one without some units, run in
+    turns; ``choices`` gives what may be removed when the widths that stay are multiples of a number; ``without`` gives
+    the atoms that are left without some units.
     """
 
     model: LatencyModel
-    measure: Callable[[Ids], float]
+    race: Callable[[Ids], tuple[float, float]]
     choices: Callable[[int | None], Offered]
     without: Callable[[Ids], Alive]
 
-    def in_turns(self, units: Ids) -> tuple[float, float]:
-        """The milliseconds of the whole model and of the one without ``units``: the shortest of several turns."""
-        turns = [(self.model.measured(), self.measure(units)) for _ in range(TURNS)]
-        return min(a for a, _ in turns), min(b for _, b in turns)
+
+@dataclass(frozen=True)
+class _Fit:
+    """Predictions that are right for the whole model and for every plan that was timed, and linear between them.
+
+    ``points`` are the milliseconds of the calls alone and of the model, from the fastest to the whole model; what is
+    faster than all of them lies on the line through the first and the last.
+    """
+
+    model: LatencyModel
+    points: tuple[tuple[float, float], ...]
+
+    def __call__(self, alive: Alive) -> float:
+        return self._fitted(self.model(alive))
+
+    def exact(self, alive: Alive) -> float:
+        """What is left takes so long when every call is timed at its very widths."""
+        return self._fitted(self.model.exact(alive))
+
+    def _fitted(self, alone: float) -> float:
+        (low, least), (whole, dense) = self.points[0], self.points[-1]
+        if alone >= low and len(self.points) > 1:
+            alones, times = zip(*self.points, strict=True)
+            return float(np.interp(alone, alones, times))
+        rise = (dense - least) / (whole - low) if low < whole else 1.0
+        return dense - rise * (whole - alone)
+
+    def taught(self, alive: Alive, measured: float) -> _Fit:
+        """The same with one more plan; longer calls are never taken to be faster."""
+        alone = self.model.exact(alive)
+        whole, dense = self.points[-1]
+        gain = (dense - measured) / max(whole - alone, 1e-9)
+        measured = dense - min(max(gain, 1 / FACTOR), FACTOR) * (whole - alone)
+        points = sorted([*self.points[:-1], (alone, measured)])
+        longest = accumulate((ms for _, ms in points), max)
+        return replace(self, points=(*zip((ms for ms, _ in points), longest, strict=True), (whole, dense)))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """A plan that was timed, and its multiply-adds."""
+
+    found: Found
+    macs: int
+
+    @property
+    def shares(self) -> tuple[float, float]:
+        """The predicted and the measured share of the whole model's latency."""
+        budget = self.found.budget
+        whole, cut = budget.measured or (1.0, 1.0)
+        return budget.reached["latency"] / budget.dense["latency"], cut / whole
+
+    @property
+    def off(self) -> float:
+        """By how much more than predicted it takes."""
+        predicted, measured = self.shares
+        return measured / predicted - 1
+
+
+def _worth(plan: _Plan) -> tuple[bool, float]:
+    """Plans whose prediction held come first; then what has most multiply-adds left, or what is the least off."""
+    held = abs(plan.off) <= TRUST
+    return held, plan.macs if held else -abs(plan.off)
 
 
 @dataclass(frozen=True)
@@ -54,23 +117,14 @@ class _Search:
     special: dict[str, Measure]
     judge: Callable[[Ids], float] | None
 
-    def solve(self, choices: Offered, most: float, wish: Wish) -> Found:
+    def solve(self, fit: _Fit, choices: Offered, most: float, wish: Wish) -> Found:
         """A plan that takes at most so long when times are read between measured widths."""
         model = self.timing.model
         asked = replace(self.target, latency=min(max(most / model.dense, 1e-9), 1 - 1e-9))
-        special: dict[str, Measure] = {**self.special, "latency": model}
+        special: dict[str, Measure] = {**self.special, "latency": fit}
         return spend(model.coupling, self.alive, choices, asked, wish, special, self.judge)
 
-    def exact(self, found: Found) -> float:
-        """What a plan takes when every call is timed at its very widths."""
-        return self.timing.model.exact(self.timing.without(found.units))
-
-    def learn(self, found: Found, times: tuple[float, float]) -> None:
-        """Let predictions fit what the whole model and a plan were measured at, in turns."""
-        whole, cut = times
-        self.timing.model.calibrate(self.timing.without(found.units), cut / whole * self.timing.model.dense)
-
-    def corrected(self, step: int | None) -> Found:
+    def corrected(self, fit: _Fit, step: int) -> Found:
         """A plan with widths in multiples of ``step`` that takes at most the limit at its very widths.
 
         Raises:
@@ -80,8 +134,8 @@ class _Search:
         found: Found | None = None
         reached = 0.0
         for _ in range(CORRECTIONS):
-            next_one = self.solve(choices, most, Wish(self.wish.allocation))
-            exact = self.exact(next_one)
+            next_one = self.solve(fit, choices, most, Wish(self.wish.allocation))
+            exact = fit.exact(self.timing.without(next_one.units))
             if exact <= self.limit and exact > reached:
                 found, reached = next_one, exact
             if (1 - CLOSE) * self.limit <= exact <= self.limit:
@@ -91,13 +145,40 @@ class _Search:
         if found is None:
             raise TargetError(f"{self.target}: times at single widths vary too much; try again on an idle machine")
         if self.wish.search:
-            found = self.solve(choices, most, self.wish)
-            reached = self.exact(found)
+            found = self.solve(fit, choices, most, self.wish)
+            reached = fit.exact(self.timing.without(found.units))
         budget = found.budget
         costs = {**budget.reached, "latency": reached}
         limits = {**budget.limits, "latency": self.limit}
-        note = f"widths in multiples of {step} are the fastest here" if step is not None and step > 1 else ""
+        note = f"widths in multiples of {step} are the fastest here" if step > 1 else ""
         return replace(found, budget=replace(budget, target=self.target, reached=costs, limits=limits, note=note))
+
+    def at(self, step: int) -> _Plan:
+        """The plan with widths in multiples of ``step``, after predictions learned from what plans were measured at.
+
+        Raises:
+            TargetError: there is none.
+        """
+        model = self.timing.model
+        fit = _Fit(model, ((model.dense, model.dense),))
+        plans = [self.timed(fit, step)]
+        while abs(plans[-1].off) > TRUST and len(plans) <= LESSONS:
+            last = plans[-1]
+            fit = fit.taught(self.timing.without(last.found.units), last.shares[1] * model.dense)
+            try:
+                plans.append(self.timed(fit, step))
+            except TargetError:
+                if (nearest := max(plans, key=_worth)).off > TOO_SLOW:
+                    raise
+                return nearest
+        return max(plans, key=_worth)
+
+    def timed(self, fit: _Fit, step: int) -> _Plan:
+        """A corrected plan, timed."""
+        found = self.corrected(fit, step)
+        budget = replace(found.budget, measured=self.timing.race(found.units))
+        left = footprint(self.timing.model.coupling, self.timing.without(found.units))
+        return _Plan(replace(found, budget=budget), left.macs)
 
 
 def spend_time(
@@ -111,10 +192,10 @@ def spend_time(
 ) -> Found:
     """The units to remove so that a target with a latency is met.
 
-    A first plan is measured, so that predictions fit this model on this machine. Then widths of any number and in
-    multiples of 8, 16 and 32 are compared (or only ``round_to``), each with its calls timed at the very widths, and
-    the plan with the most multiply-adds left wins. It is then timed against the whole model, in turns; where that is
-    not what was predicted, predictions learn from it and the widths are found again, twice at most.
+    Widths of any number and in multiples of 8, 16 and 32 are compared (or only ``round_to``). For each, a plan is found
+    whose calls, timed at the very widths, take the time that is left, and it is timed against the whole model, in
+    turns; where that is not what was predicted, predictions learn from it and the plan is found again, three times at
+    most. Of the plans whose predictions held, the one with the most multiply-adds left wins.
 
     Args:
         alive: the atoms that are there now.
@@ -134,31 +215,18 @@ def spend_time(
     if limit >= model.dense:
         raise InputError(f"{target}: the model takes {model.dense:.3g} ms as it is, which is within the budget already")
     search = _Search(alive, timing, target, limit, wish, special, judge)
-    first = search.solve(timing.choices(round_to), limit, Wish(wish.allocation))
-    turns = timing.in_turns(first.units)
-    search.learn(first, turns)
-    plans: list[tuple[int, int, Found]] = []
+    plans: list[_Plan] = []
     failures: list[TargetError] = []
     for step in ROUNDINGS if round_to is None else (round_to,):
         try:
-            found = search.corrected(step)
-            plans.append((footprint(model.coupling, timing.without(found.units)).macs, step, found))
+            plans.append(search.at(step))
         except TargetError as error:
             failures.append(error)
     if not plans:
-        raise TargetError(f"{failures[0]}{_unsteady(model.dense, turns[0])}")
-    best = max(plans, key=lambda pair: pair[0])[2]
-    step = next(step for _, step, found in plans if found is best)
-    for again in range(LESSONS + 1):
-        times = timing.in_turns(best.units)
-        predicted = best.budget.reached["latency"] / model.dense
-        if again == LESSONS or abs(times[1] / times[0] / predicted - 1) <= TRUST:
-            break
-        search.learn(best, times)
-        with suppress(TargetError):  # else the plan stays, and what it was measured at is told
-            best = search.corrected(step)
-    note = best.budget.note + _unsteady(model.dense, times[0])
-    return replace(best, budget=replace(best.budget, measured=times, note=note.removeprefix("; ")))
+        raise failures[0]
+    budget = (best := max(plans, key=_worth).found).budget
+    note = budget.note + (_unsteady(model.dense, budget.measured[0]) if budget.measured else "")
+    return replace(best, budget=replace(budget, note=note.removeprefix("; ")))
 
 
 def _unsteady(one: float, other: float) -> str:

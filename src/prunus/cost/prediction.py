@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -24,7 +26,6 @@ from prunus.untouched import untouched
 FINE, COARSE = 8, 4  # widths at which a call is measured: those that multiply, and all others
 CACHED = 16 << 20  # bytes of weights that may stay in a processor's cache from one run to the next
 DOUBTS, SLOWER = 3, 1.2  # how often a narrow call is timed again that takes so much longer than at full width
-STEEPER = 1.25  # so much more than in proportion to its calls may a model gain
 STEP = 8  # measured widths are multiples of it
 _MULTIPLY = frozenset(name.partition("::")[2] for name in MACS)
 
@@ -72,15 +73,12 @@ class LatencyModel:
         self._cold = sum(t.numel() * t.element_size() for t in weights) > CACHED
         alive = np.ones(coupling.trace.ledger.size, dtype=bool)
         self._full = self._extents.sizes(alive)
-
-        def run() -> Any:
-            return (run_model if forward_fn is None else forward_fn)(model, example_inputs)
-
-        self._run = run
+        self._run = run_model if forward_fn is None else forward_fn
+        self._inputs = example_inputs
         whole = nn.Sequential(*(nn.Identity() for _ in range(64)))
         nothing = torch.zeros(1, device=table.device)
         self._overhead = modules * table.timer(lambda: whole(nothing), table.device) / 65
-        self.dense = min(self.measured() for _ in range(3))
+        (self.dense,) = self.race(model)
         self._parts = self._sum(self._full, exact=True)
         self._overhead = min(self._overhead, 0.5 * self.dense)
         self._scale = (self.dense - self._overhead) / self._parts if self._parts > 0 else 1.0
@@ -93,29 +91,12 @@ class LatencyModel:
         """The same with every call measured at its very widths."""
         return self._overhead + self._scale * self._sum(self._extents.sizes(alive), exact=True)
 
-    def measured(self) -> float:
-        """The milliseconds of one run of the model as it is now."""
-        with untouched(self.coupling.trace.model):
-            return self._table.timer(self._run, self._table.device)
-
-    def calibrate(self, alive: Alive, measured: float) -> None:
-        """Let the sum of calls and a constant explain two models: the dense one, and one with only the ``alive`` atoms.
-
-        Calls are not taken to be less than half as slow as they are alone, or than the dense model says, nor a quarter
-        slower than that (the constant is then negative: calls of a large model crowd each other out of the caches); a
-        measurement that says so met noise.
-
-        Args:
-            alive: what is left of the second model.
-            measured: its milliseconds.
-        """
-        parts = self._sum(self._extents.sizes(alive), exact=True)
-        if self._parts - parts < 0.02 * self._parts:
-            return
-        steepest = self.dense / self._parts
-        slope = (self.dense - measured) / (self._parts - parts)
-        self._scale = min(max(slope, 0.5 * min(1.0, steepest)), STEEPER * steepest)
-        self._overhead = self.dense - self._scale * self._parts
+    def race(self, *models: nn.Module) -> list[float]:
+        """The milliseconds of one run of each model, run in turns."""
+        with ExitStack() as stack:
+            for model in models:
+                stack.enter_context(untouched(model))
+            return self._table.race([partial(self._run, model, self._inputs) for model in models], self._table.device)
 
     def _sum(self, sizes: Any, exact: bool) -> float:
         return sum(self._at(one, sizes) if exact else self._between(one, sizes) for one in self._timed)

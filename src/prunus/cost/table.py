@@ -7,7 +7,6 @@ import json
 import os
 import platform
 import tempfile
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 
 from prunus.cost.recorded import Call, Shape
+from prunus.cost.timing import clock_for, in_turns, steady_memory
 
 CACHE = "PRUNUS_CACHE"
 LEAST_S = 0.01  # of timed calls for one entry
@@ -25,6 +25,8 @@ FEWEST_CALLS = 6
 
 Timer = Callable[[Callable[[], Any], torch.device], float]
 """``(call, device) -> milliseconds`` of one call."""
+Race = Callable[[Sequence[Callable[[], Any]], torch.device], list[float]]
+"""``(calls, device) -> milliseconds`` of each of several calls, made in turns."""
 
 
 def cache_folder() -> Path:
@@ -57,9 +59,9 @@ def stopwatch(thunk: Callable[[], Any], device: torch.device) -> float:
     It makes at least six calls, and more of short ones; three will do where they are long. Where torch uses one thread
     of a CPU, that thread's own time is counted, which does not grow while other programs run.
     """
-    clock = time.thread_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    clock = clock_for(device)
     wait: Callable[[], Any] = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
-    with torch.inference_mode():
+    with torch.inference_mode(), steady_memory():
         thunk()
         wait()
         seconds: list[float] = []
@@ -84,6 +86,7 @@ class LatencyTable:
         device: where the calls run.
         folder: where the table is kept; default :func:`cache_folder`; False: nowhere.
         timer: what measures a call.
+        race: what measures whole models against each other.
 
     Example:
         >>> table = LatencyTable("cpu", folder=False, timer=lambda call, device: 2.0)
@@ -96,10 +99,11 @@ class LatencyTable:
         device: str | torch.device = "cpu",
         folder: str | Path | bool | None = None,
         timer: Timer = stopwatch,
+        race: Race = in_turns,
     ) -> None:
         self.device = torch.device(device)
         self.name = device_name(self.device)
-        self.timer = timer
+        self.timer, self.race = timer, race
         self._times: dict[str, float] = {}
         self._new = 0
         self.path: Path | None = None
