@@ -286,6 +286,20 @@ def test_latency_takes_turns_and_gives_medians() -> None:
     assert all(value >= 0 for value in times.values())
 
 
+def test_a_machine_that_changes_its_speed_does_not_change_ratios(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second model takes half as long as the first in each turn, whatever a turn takes."""
+    now = [0.0]
+    speeds = iter([1.0, 1.0, 9.0, 9.0, 2.0, 2.0, 1.0, 1.0])
+    work = {"a": 2.0, "b": 1.0}
+
+    def run(name: str) -> None:
+        now[0] += work[name] * next(speeds)
+
+    monkeypatch.setattr("prunus.cost.timing.time.perf_counter", lambda: now[0])
+    times = latency({name: (lambda x, name=name: run(name)) for name in work}, rand(1), repeat=4, warmup=0)
+    assert times == {"a": pytest.approx(3000.0), "b": pytest.approx(1500.0)}
+
+
 def test_latency_tells_more_work_from_less() -> None:
     models = {"small": nn.Linear(512, 16), "large": nn.Sequential(*(nn.Linear(512, 512) for _ in range(8)))}
     times = latency(models, rand(64, 512), repeat=10, warmup=2)

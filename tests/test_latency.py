@@ -6,7 +6,7 @@ Time is faked: a call takes what the fake says for its shapes, so that nothing h
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -185,6 +185,25 @@ def test_widths_are_rounded_when_that_is_faster() -> None:
     free = Network().eval()
     prunus.prune(free, X, Target(latency=0.5), latency_table=table(1))
     assert {free.stem.out_channels % 16, free.wide.out_channels % 16} != {0}
+
+
+def half_the_gain(calls: Sequence[Callable[[], Any]], device: torch.device) -> list[float]:
+    """A race in which cut models gain only half of what their calls alone would."""
+    whole, *others = (faked()(call, device) for call in calls)
+    return [whole, *(whole - (whole - ms) / 2 for ms in others)]
+
+
+def test_predictions_learn_from_what_is_measured() -> None:
+    model = Network().eval()
+    own = LatencyTable("cpu", False, faked(), half_the_gain)
+    result = prunus.prune(model, X, Target(latency=0.7), latency_table=own)
+    assert result.budget is not None
+    assert result.budget.measured is not None
+    whole, cut = result.budget.measured
+    assert cut / whole == pytest.approx(result.budget.reached["latency"] / whole, rel=0.03)
+    assert 0.65 <= cut / whole <= 0.7 * 1.03
+    with pytest.raises(TargetError, match="cannot be met"):  # half of the gain of nothing left is half of the time
+        prunus.prune(Network().eval(), X, Target(latency=0.45), latency_table=own)
 
 
 def test_the_callers_rounding_stands() -> None:
