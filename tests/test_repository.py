@@ -26,7 +26,8 @@ LONGER_FOR_A_REASON: dict[str, str] = {}
 LEVELS = [
     {"errors", "labels", "ledger", "higher", "_version"},
     {"rules"},
-    {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"},
+    {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"}
+    | {"swapping"},
     {"coupling"},
     {"drops", "following", "plan"},
     {"surgery", "mirrors", "containers", "handlers", "cost", "calibration", "importance", "functions", "ops"},

@@ -26,6 +26,7 @@ from prunus.held import layer_of, own_tensors, submodule
 from prunus.mirrors import mirrored
 from prunus.plan import Mirror, Plan, Removal, Scaling
 from prunus.sizes import attribute_home
+from prunus.swapping import put
 from prunus.untouched import untouched
 
 
@@ -40,13 +41,7 @@ class Change:
 def data_swap(tensor: torch.Tensor, new: torch.Tensor) -> Change:
     """Let a tensor have other values, in memory of their own; its gradient stays."""
     old = tensor.data
-
-    def put(data: torch.Tensor) -> None:
-        grad, tensor.grad = tensor.grad, None
-        tensor.data = data
-        tensor.grad = grad
-
-    return Change(lambda: put(new), lambda: put(old))
+    return Change(lambda: put(tensor, new, tensor.grad), lambda: put(tensor, old, tensor.grad))
 
 
 @dataclass
@@ -315,13 +310,7 @@ def _swap_item(fields: dict[str, Any], key: str, index: int, value: int) -> Chan
 def _swap_data(parameter: nn.Parameter, new: torch.Tensor, cut: Callable[[torch.Tensor], torch.Tensor]) -> list[Change]:
     old, old_grad = parameter.data, parameter.grad
     grad = cut(old_grad) if old_grad is not None else None
-
-    def put(data: torch.Tensor, gradient: torch.Tensor | None) -> None:
-        parameter.grad = None
-        parameter.data = data
-        parameter.grad = gradient
-
-    return [Change(lambda: put(new, grad), lambda: put(old, old_grad))]
+    return [Change(lambda: put(parameter, new, grad), lambda: put(parameter, old, old_grad))]
 
 
 def _swap_state(
