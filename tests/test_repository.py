@@ -45,7 +45,17 @@ LEVELS = [
         "obstacles",
     },
     {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "blocks", "utils"}
-    | {"dependency", "serialization", "spending", "sensitivity", "inspection", "speed", "samples", "cutting"},
+    | {
+        "dependency",
+        "familiar",
+        "serialization",
+        "spending",
+        "sensitivity",
+        "inspection",
+        "speed",
+        "samples",
+        "cutting",
+    },
     {"integrations"},
     {"cli", "__main__"},
 ]

@@ -20,7 +20,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from prunus.containers import container_swaps
-from prunus.errors import SurgeryError
+from prunus.errors import InputError, SurgeryError
 from prunus.handlers import layer_cuts, tensor_removals
 from prunus.held import layer_of, own_tensors, submodule
 from prunus.mirrors import mirrored
@@ -81,6 +81,8 @@ def apply(
     Raises:
         SurgeryError: the plan does not fit; the model is as it was.
     """
+    if optimizer is not None and not hasattr(optimizer, "state"):
+        raise InputError(f"optimizer={optimizer!r}: pass a torch.optim.Optimizer over the model's parameters")
     receipt = Receipt(plan)
     places, targets = _places(model), _targets(model, plan)
     changes = _prepare(model, plan, optimizer, targets, places)

@@ -143,8 +143,13 @@ class BasePruner:
         self.iterative_steps, self.current_step = iterative_steps, 0
         self.root_module_types = types_of(root_module_types)
         self.ignored_layers = list(listed(ignored_layers))
-        self.num_heads = dict(num_heads or {})
+        self.num_heads = by_layer("num_heads", num_heads)
         self.prune_num_heads, self.prune_head_dims = prune_num_heads, prune_head_dims
+        self.in_channel_groups = by_layer("in_channel_groups", in_channel_groups)
+        self.out_channel_groups = {
+            **by_layer("channel_groups", channel_groups),
+            **by_layer("out_channel_groups", out_channel_groups),
+        }
         self.head_pruning_ratio, self.head_pruning_ratio_dict = head_pruning_ratio, dict(head_pruning_ratio_dict or {})
         self.pruning_ratio_dict = {
             **by_layer("ch_sparsity_dict", ch_sparsity_dict),
@@ -169,9 +174,10 @@ class BasePruner:
             round_to=round_to,
         )
         self.per_step_pruning_ratio = self._wishes.shares
+        self.per_step_head_pruning_ratio = self._wishes.shares_of(head_pruning_ratio)
         named = counts_of(whole, self.num_heads, "num_heads")
-        made = counts_of(whole, {**(channel_groups or {}), **(out_channel_groups or {})}, "out_channel_groups")
-        read = counts_of(whole, in_channel_groups or {}, "in_channel_groups")
+        made = counts_of(whole, self.out_channel_groups, "out_channel_groups")
+        read = counts_of(whole, self.in_channel_groups, "in_channel_groups")
         self.DG = graph_of(
             model,
             example_inputs,
