@@ -787,3 +787,55 @@ def test_the_page_about_the_change_names_every_public_name() -> None:
     free = {"global_pruning", "before_pruning", "after_pruning", "pruning_ratio", "iterative_steps", "ignored_layers",
             "customized_pruners", "root_module_types", "forward_fn", "output_transform"}  # fmt: skip
     assert names - free <= words, names - free - words
+
+
+class Positions(tp.importance.Importance):
+    """A criterion as scripts have it: a score for each of the root's positions, from the layers that make them."""
+
+    def __call__(self, group: Any, **options: Any) -> Tensor:
+        root, idxs = group[0]
+        return root.target.module.weight.detach()[idxs].flatten(1).norm(dim=1)
+
+
+class TestOneScoreForEachPosition:
+    """Where several positions of the root go at once, a criterion of others still gives a score for each of them."""
+
+    @pytest.mark.parametrize("options", [{}, {"global_pruning": True}], ids=["local", "global"])
+    def test_groups_of_a_convolution(self, options: dict[str, Any]) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2), nn.Flatten())
+        with torch.no_grad():  # channels k and k + 4 go together, as they share a column of the weight
+            model[0].weight.copy_(torch.tensor([9.0, 1, 8, 2, 1, 2, 9, 3]).view(8, 1, 1, 1).expand(8, 3, 1, 1))
+        tp.pruner.MagnitudePruner(model, IMAGE, Positions(), root_module_types=[nn.Conv2d], **options).step()
+        assert model[0].weight[:, 0, 0, 0].tolist() == [9, 8, 1, 9]
+
+    def test_a_share_of_one_layer(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor([9.0, 1, 8, 2, 1, 2, 9, 3]).view(8, 1, 1, 1).expand(8, 3, 1, 1))
+        pruner = tp.pruner.MagnitudePruner(model, IMAGE, Positions())
+        pruner.manual_prune_width(model[0], tp.prune_conv_out_channels, 0.5)
+        assert model[0].weight[:, 0, 0, 0].tolist() == [9, 8, 1, 9]
+
+    def test_queries_and_keys(self) -> None:
+        model = Transformer().eval()
+        tp.pruner.MagnitudePruner(model, IMAGE, Positions(), pruning_ratio=0.5).step()
+        assert model(IMAGE).isfinite().all()
+
+    def test_whole_heads(self) -> None:
+        class Attention(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.heads, self.qkv, self.out = 4, nn.Linear(8, 48), nn.Linear(16, 8)
+
+            def forward(self, x: Tensor) -> Tensor:
+                q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, 4)).permute(2, 0, 3, 1, 4)
+                return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+        model = Attention()
+        with torch.no_grad():
+            model.qkv.weight.unflatten(0, (3, 4, 4))[:, 2].mul_(0.01)
+        kept = model.qkv.weight.detach().unflatten(0, (3, 4, 4))[:, [0, 1, 3]].flatten(0, 2)
+        tp.pruner.MagnitudePruner(
+            model, torch.randn(1, 5, 8), Positions(), pruning_ratio=0.25, prune_num_heads=True, prune_head_dims=False
+        ).step()
+        assert model.heads == 3 and torch.equal(model.qkv.weight, kept)

@@ -216,6 +216,16 @@ class Group:
     def __getitem__(self, k: int) -> GroupItem:
         return self.items[k]
 
+    def root_places(self) -> list[int]:
+        """For each of ``group[0].idxs`` the place, among the group's units, of the one that it goes with."""
+        if self._coupling is self._graph.coupling:
+            return self[0].root_idxs
+        places: dict[int, int] = {}  # of whole heads, which are few
+        for k in range(self.size):
+            alone = self._graph._items(self.units[k : k + 1], self._root, self._alive)
+            places.update(dict.fromkeys(alone[0].idxs, k) if alone else {})
+        return [places.get(position, 0) for position in self[0].idxs]
+
     def has_pruning_op(self, dep: Dependency, idxs: Sequence[int]) -> bool:
         """Whether the group cuts these positions of that layer."""
         return any(

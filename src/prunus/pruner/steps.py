@@ -31,7 +31,7 @@ from prunus.pruner import scopes
 from prunus.pruner.beginning import graph_of, listed, model_in, something, types_of
 from prunus.pruner.schedules import Schedule, linear_scheduler
 from prunus.pruner.scopes import ByLayer, HeadShares, by_layer, check_share, counts_of, makers
-from prunus.pruner.scoring import Criterion, criterion_of, score_offer
+from prunus.pruner.scoring import Criterion, by_unit, criterion_of, score_offer
 from prunus.pruner.training import Penalties
 from prunus.pruner.wishes import Wishes
 from prunus.regularize import Regularizer
@@ -174,7 +174,6 @@ class BasePruner:
             round_to=round_to,
         )
         self.per_step_pruning_ratio = self._wishes.shares
-        self.per_step_head_pruning_ratio = self._wishes.shares_of(head_pruning_ratio)
         named = counts_of(whole, self.num_heads, "num_heads")
         made = counts_of(whole, self.out_channel_groups, "out_channel_groups")
         read = counts_of(whole, self.in_channel_groups, "in_channel_groups")
@@ -314,9 +313,16 @@ class BasePruner:
             number = int(width * pruning_ratios_or_idxs)
             if scores is None or number == 0:
                 raise InputError(f"nothing would go: {width} positions, share {pruning_ratios_or_idxs}")
-            pruning_ratios_or_idxs = torch.argsort(scores[:width], stable=True)[:number].tolist()
+            scores = by_unit(scores, group)[torch.tensor(group.root_places())]
+            order = torch.argsort(scores, stable=True)[:number].tolist()
+            pruning_ratios_or_idxs = [group[0].idxs[place] for place in order]
         self.DG.get_pruning_group(layer, pruning_fn, pruning_ratios_or_idxs).prune()
         self._count_heads()
+
+    @property
+    def per_step_head_pruning_ratio(self) -> list[float]:
+        """The share of heads that is gone after 0, 1, ... steps."""
+        return self._wishes.shares_of(self.head_pruning_ratio or self.pruning_ratio)
 
     @cached_property
     def layer_init_out_ch(self) -> dict[Any, int]:
