@@ -118,6 +118,15 @@ BAD: dict[str, Case] = {
     "a penalty that is none": ({"regularizer": 3}, InputError, "regularizer=3", (in_steps,)),
     "types that are none": ({"root_module_types": 3}, InputError, "root_module_types holds 3", (in_steps,)),
     "a search for a share": ({"search": 2, "metric": lambda m: 1.0}, InputError, "nothing to search", (by_ratio,)),
+    "no optimiser": ({"optimizer": "sgd"}, InputError, "optimizer='sgd': pass a torch.optim", PRUNE),
+    "heads in a list": ({"num_heads": [2]}, InputError, "num_heads is a list: pass a dict", (in_steps,)),
+    "groups that are none": ({"channel_groups": "x"}, InputError, "channel_groups is a str", (in_steps,)),
+    "groups of inputs that are none": ({"in_channel_groups": 2}, InputError, "in_channel_groups is a int", (in_steps,)),
+    "a penalty by name": ({"regularizer": "l1"}, InputError, "regularizer='l1'", (in_steps,)),
+    "parameters that are none": ({"unwrapped_parameters": 5}, InputError, "unwrapped_parameters=5", RATIOS),
+    "pruners in a list": ({"customized_pruners": [5]}, InputError, "customized_pruners is a list", RATIOS),
+    "inputs without samples": ({"inputs": X[:0]}, InputError, "macs of the model are 0 on the example", (by_budget,)),
+    "a metric that gives words": ({"search": 2, "metric": lambda m: "good"}, InputError, "returned 'good'", PRUNE[1:]),
     "shares that are none": ({"shares": 0.5}, InputError, r"shares=0\.5", (by_curves,)),
 }
 
@@ -256,3 +265,9 @@ def test_one_ignored_layer_needs_no_list() -> None:
             continue
         prunus.prune(model, X, ignored_layers=given)
         assert model[0].out_features == 16 > model[2].out_features + 4
+
+
+def test_a_target_above_what_the_model_costs_says_so() -> None:
+    """It is not that the groups are too small."""
+    with pytest.raises(NothingToPruneError, match=r"costs no more than that as it is \(macs 736 of at most 10,000\)"):
+        prunus.prune(network(), X, Target(macs=10_000))

@@ -38,6 +38,11 @@ class Odd(nn.Sequential):
 
 def odd():
     return Odd(*net()[0]), torch.randn(2, 8)
+
+there = bare()
+
+def fails():
+    return net().nothing
 """
 
 
@@ -121,6 +126,9 @@ def test_sensitivity_writes_its_curves() -> None:
         ("prune nothing", 2, "'nothing' names no model"),
         ("prune factories:nowhere", 2, "cannot find 'nowhere'"),
         ("prune factories:bare", 2, "give the input shape"),
+        ("prune factories:there", 2, "give the input shape"),
+        ("prune factories:fails", 2, "factories:fails() failed (AttributeError: 'tuple' object has no attribute"),
+        ("prune factories:width", 2, "it is called without arguments"),
         ("prune factories:bare --input-shape 1,y", 2, "is no shape"),
         ("prune factories:bare --input-shape 1,0", 2, "sizes of 1 or more"),
         ("prune factories:net --target-macs half", 2, "--target-macs='half' is no number"),
@@ -227,3 +235,13 @@ def test_what_is_no_number_or_shape_is_refused() -> None:
         number("--x", "1.5X")
     with pytest.raises(InputError, match="--s='a,b' is no shape"):
         sizes("--s", "a,b")
+
+
+def test_a_model_that_is_there_needs_no_factory() -> None:
+    done = run("prune", "factories:there", "--shape", "2,8", "--target-macs", "0.5")
+    assert done.exit_code == 0 and "50.0% of the MACs" in done.output
+
+
+def test_python_runs_the_package_as_the_command() -> None:
+    done = subprocess.run([sys.executable, "-m", "prunus", "--help"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and "sensitivity" in done.stdout

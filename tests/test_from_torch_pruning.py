@@ -703,6 +703,71 @@ class TestExamplesAndTests:
             assert (tmp_path / f"{draw.__name__}.png").stat().st_size > 500
 
 
+def test_settings_of_penalties_are_read_and_set_while_training_goes_on() -> None:
+    """``pruner.reg = ...`` in the middle of a loop, as schedules of sparse training do."""
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 2, 3))
+
+    def added(pruner: Any) -> Tensor:
+        model.zero_grad()
+        pruner.regularize(model)
+        return model[1].weight.grad.clone()
+
+    for kind, own in (
+        ("GroupNormPruner", "alpha"),
+        ("GrowingRegPruner", "delta_reg"),
+        ("BNScalePruner", "group_lasso"),
+    ):
+        pruner = getattr(tp.pruner, kind)(model, IMAGE, reg=1e-3)
+        assert pruner.reg == 1e-3 and hasattr(pruner, own)
+        if kind != "GrowingRegPruner":  # whose strengths grow from the first one
+            before = added(pruner)
+            pruner.reg = 2e-3
+            torch.testing.assert_close(added(pruner), 2 * before)
+    growing = tp.pruner.GrowingRegPruner(model, IMAGE)
+    growing.delta_reg = 1.0
+    growing.update_reg()
+    assert growing.decay.strength.max() > 0.9
+
+
+def test_what_scripts_read_from_graphs_and_nodes() -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.out = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 2, 1)
+            self.scale = nn.Parameter(torch.ones(1, 8, 1, 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.conv(x) * self.scale)
+
+    model = Scaled()
+    pruner = tp.pruner.MagnitudePruner(model, IMAGE, out_channel_groups={model.conv: 2}, head_pruning_ratio=0.25)
+    DG = pruner.DG
+    assert [(entry.parameters is model.scale, entry.pruning_dim) for entry in DG.unwrapped_parameters] == [(True, 1)]
+    assert DG.REGISTERED_PRUNERS[tp.ops.OPTYPE.CONV].prune_out_channels is tp.prune_conv_out_channels
+    assert not DG.CUSTOMIZED_PRUNERS and not DG.IGNORED_LAYERS_IN_TRACING and not DG.ignored_params and DG.verbose
+    assert DG._module2name[model.conv] == "conv" and DG._param_to_name[model.scale] == "scale" and DG.ops is tp.ops
+    assert pruner.out_channel_groups == {model.conv: 2} and pruner.in_channel_groups == {}
+    assert pruner.per_step_head_pruning_ratio == [0.0, 0.25]
+    node = DG.module2node[model.conv]
+    assert (node.type, node.module_class) == (tp.ops.OPTYPE.CONV, nn.Conv2d) and "conv" in node.details()
+
+
+def test_a_group_takes_in_more() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    DG = tp.DependencyGraph().build_dependency(model, torch.randn(1, 8))
+    group = DG.get_pruning_group(model[0], tp.prune_linear_out_channels, [0, 2])
+    other = DG.get_pruning_group(model[2], tp.prune_linear_out_channels, [1])
+    assert group.has_dep(group[1].dep) and not group.has_dep(other[0].dep)
+    group.add_dep(group[0].dep, [2, 5])
+    assert group[0].idxs == group[1].idxs == [0, 2, 5]
+    group.add_and_merge(other[0].dep, [1])
+    assert group.has_dep(other[0].dep) and DG.check_pruning_group(group)
+    with pytest.raises(tp.InputError, match="do not exist"):
+        group.add_dep(other[0].dep, [8])
+    group.prune()
+    assert (model[0].out_features, model[2].in_features, model[2].out_features, model[4].in_features) == (5, 5, 7, 7)
+
+
 def test_the_page_about_the_change_runs() -> None:
     page = Path(__file__).parent.parent / "docs" / "coming-from-torch-pruning.md"
     blocks = page.read_text(encoding="utf-8").split("```python\n")[1:]
@@ -722,3 +787,55 @@ def test_the_page_about_the_change_names_every_public_name() -> None:
     free = {"global_pruning", "before_pruning", "after_pruning", "pruning_ratio", "iterative_steps", "ignored_layers",
             "customized_pruners", "root_module_types", "forward_fn", "output_transform"}  # fmt: skip
     assert names - free <= words, names - free - words
+
+
+class Positions(tp.importance.Importance):
+    """A criterion as scripts have it: a score for each of the root's positions, from the layers that make them."""
+
+    def __call__(self, group: Any, **options: Any) -> Tensor:
+        root, idxs = group[0]
+        return root.target.module.weight.detach()[idxs].flatten(1).norm(dim=1)
+
+
+class TestOneScoreForEachPosition:
+    """Where several positions of the root go at once, a criterion of others still gives a score for each of them."""
+
+    @pytest.mark.parametrize("options", [{}, {"global_pruning": True}], ids=["local", "global"])
+    def test_groups_of_a_convolution(self, options: dict[str, Any]) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2), nn.Flatten())
+        with torch.no_grad():  # channels k and k + 4 go together, as they share a column of the weight
+            model[0].weight.copy_(torch.tensor([9.0, 1, 8, 2, 1, 2, 9, 3]).view(8, 1, 1, 1).expand(8, 3, 1, 1))
+        tp.pruner.MagnitudePruner(model, IMAGE, Positions(), root_module_types=[nn.Conv2d], **options).step()
+        assert model[0].weight[:, 0, 0, 0].tolist() == [9, 8, 1, 9]
+
+    def test_a_share_of_one_layer(self) -> None:
+        model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 4, 1, groups=2))
+        with torch.no_grad():
+            model[0].weight.copy_(torch.tensor([9.0, 1, 8, 2, 1, 2, 9, 3]).view(8, 1, 1, 1).expand(8, 3, 1, 1))
+        pruner = tp.pruner.MagnitudePruner(model, IMAGE, Positions())
+        pruner.manual_prune_width(model[0], tp.prune_conv_out_channels, 0.5)
+        assert model[0].weight[:, 0, 0, 0].tolist() == [9, 8, 1, 9]
+
+    def test_queries_and_keys(self) -> None:
+        model = Transformer().eval()
+        tp.pruner.MagnitudePruner(model, IMAGE, Positions(), pruning_ratio=0.5).step()
+        assert model(IMAGE).isfinite().all()
+
+    def test_whole_heads(self) -> None:
+        class Attention(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.heads, self.qkv, self.out = 4, nn.Linear(8, 48), nn.Linear(16, 8)
+
+            def forward(self, x: Tensor) -> Tensor:
+                q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, 4)).permute(2, 0, 3, 1, 4)
+                return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+        model = Attention()
+        with torch.no_grad():
+            model.qkv.weight.unflatten(0, (3, 4, 4))[:, 2].mul_(0.01)
+        kept = model.qkv.weight.detach().unflatten(0, (3, 4, 4))[:, [0, 1, 3]].flatten(0, 2)
+        tp.pruner.MagnitudePruner(
+            model, torch.randn(1, 5, 8), Positions(), pruning_ratio=0.25, prune_num_heads=True, prune_head_dims=False
+        ).step()
+        assert model.heads == 3 and torch.equal(model.qkv.weight, kept)

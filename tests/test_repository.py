@@ -26,7 +26,8 @@ LONGER_FOR_A_REASON: dict[str, str] = {}
 LEVELS = [
     {"errors", "labels", "ledger", "higher", "_version"},
     {"rules"},
-    {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"},
+    {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"}
+    | {"swapping"},
     {"coupling"},
     {"drops", "following", "plan"},
     {"surgery", "mirrors", "containers", "handlers", "cost", "calibration", "importance", "functions", "ops"},
@@ -44,7 +45,17 @@ LEVELS = [
         "obstacles",
     },
     {"group", "graph", "history", "soft", "pruner", "pruning", "verification", "blocks", "utils"}
-    | {"dependency", "serialization", "spending", "sensitivity", "inspection", "speed", "samples", "cutting"},
+    | {
+        "dependency",
+        "familiar",
+        "serialization",
+        "spending",
+        "sensitivity",
+        "inspection",
+        "speed",
+        "samples",
+        "cutting",
+    },
     {"integrations"},
     {"cli", "__main__"},
 ]

@@ -195,6 +195,10 @@ def test_one_mask_at_a_time_and_none_over_a_cut() -> None:
     mask = pruner.soft_step()
     with pytest.raises(tp.InputError, match="lift that mask first"):
         pruner.soft_step()
+    with pytest.raises(tp.InputError, match="soft-pruned"):
+        pruner_of(model, x)
+    with pytest.raises(tp.InputError, match="soft-pruned"):
+        tp.prune(model, x)
     pruner.step()
     with pytest.raises(tp.SurgeryError, match="lift the mask"):
         model(x)

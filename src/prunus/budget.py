@@ -184,6 +184,11 @@ class _Search:
         self.course, self._costs = course, costs
         self.known: dict[bytes, Costs] = {}
         self.dense = costs(np.empty(0, dtype=np.int64))
+        free = [name for name, cost in self.dense.items() if cost <= 0]
+        if free:
+            raise InputError(
+                f"{target}: {free[0]} of the model are 0 on the example inputs; pass inputs that are not empty"
+            )
         self.limits = target.limits(self.dense)
         self.last: Costs = self.dense
 
@@ -296,13 +301,25 @@ def best_of(
     for k in range(tries):
         course = candidates[k] if best is None or k < len(candidates) else mutate(best[1], random)
         found = solve(course)
-        value = float(metric(found))
+        value = _number(metric(found))
         value = -math.inf if math.isnan(value) else value
         if best is None or value > best[0]:
             best = value, course, found
     if best is None:
         raise InputError(f"search={tries!r}: at least one allocation must be tried")
     return best[2], best[0]
+
+
+def _number(value: Any) -> float:
+    """What a metric returned, as a number.
+
+    Raises:
+        InputError: it is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise InputError(f"the metric returned {str(value)[:40]!r}: it must return one number") from error
 
 
 __all__ = ["BUDGETS", "Budget", "Costs", "Found", "Target", "best_of", "meet"]

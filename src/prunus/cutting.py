@@ -113,9 +113,7 @@ def carry_out(graph: DependencyGraph, order: Order, samples: Samples | None, opt
             if not units.size and k < order.rounds:
                 continue
             if not units.size and not done:
-                raise NothingToPruneError(
-                    f"{order.target} removes nothing: the groups are too small for it; ask for more"
-                )
+                raise NothingToPruneError(f"{order.target} removes nothing: {_why_nothing(budget)}")
             done.append(job.cut(units, budget, note, optimizer))
             gone = np.concatenate((gone, units))
     except BaseException:
@@ -131,6 +129,13 @@ def carry_out(graph: DependencyGraph, order: Order, samples: Samples | None, opt
     if budget is not None:
         budget = replace(budget, target=order.target, dense={name: dense[name] for name in budget.limits})
     return Done(plan, receipt, budget, last.report, last.note)
+
+
+def _why_nothing(budget: Budget | None) -> str:
+    if budget is None:
+        return "the groups are too small for it; ask for more"
+    now = ", ".join(f"{name} {budget.dense[name]:,.0f} of at most {most:,.0f}" for name, most in budget.limits.items())
+    return f"the model costs no more than that as it is ({now}); ask for less"
 
 
 def _nothing() -> None:

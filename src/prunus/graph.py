@@ -20,6 +20,7 @@ from prunus.coupling import Coupling, Family, couple
 from prunus.coupling.explain import explain, why_not
 from prunus.coupling.groups import runs_of
 from prunus.errors import InputError, SurgeryError
+from prunus.familiar import Familiar, joined
 from prunus.functions import (
     PruningFn,
     functions_for,
@@ -71,7 +72,7 @@ SELDOM = 50_000  # new objects between two looks of Python's collector meanwhile
 ROOT_TYPES: tuple[type, ...] = (_ConvNd, nn.Linear)
 
 
-class DependencyGraph:
+class DependencyGraph(Familiar):
     """Finds, for any network, which slices of which layers must be removed together.
 
     Example:
@@ -130,7 +131,8 @@ class DependencyGraph:
         Raises:
             InputError: the model cannot run on the inputs, or an ignored layer is not part of it.
         """
-        pruners = {**self._pruners, **(customized_pruners or {})}
+        self._customized = pruners = joined(self._pruners, customized_pruners)
+        self.ignored_params, self.verbose = tuple(ignored_params or ()), verbose
         whole = getattr(model, "_orig_mod", model)
         with collecting_seldom():
             found = trace(whole, example_inputs, forward_fn, output_transform, device, pruners)

@@ -11,9 +11,11 @@ import numpy as np
 import torch
 
 from prunus.coupling import Coupling
+from prunus.errors import InputError
 from prunus.functions import PruningFn, functions_for, prune_parameter_in_channels, prune_parameter_out_channels
 from prunus.importance import Member, members_of
 from prunus.labels import Ids
+from prunus.ops import OPTYPE, module2type
 from prunus.plan import Plan
 from prunus.surgery import Receipt
 from prunus.tracing import Trace
@@ -27,6 +29,20 @@ class Node(NamedTuple):
 
     name: str
     module: Any
+
+    @property
+    def module_class(self) -> type:
+        """The type of the layer."""
+        return type(self.module)
+
+    @property
+    def type(self) -> OPTYPE:
+        """The kind of the layer."""
+        return module2type(self.module)
+
+    def details(self) -> str:
+        """The name and the layer."""
+        return str(self)
 
     def __str__(self) -> str:
         kind = f"Parameter{tuple(self.module.shape)}" if isinstance(self.module, torch.Tensor) else str(self.module)
@@ -200,11 +216,44 @@ class Group:
     def __getitem__(self, k: int) -> GroupItem:
         return self.items[k]
 
+    def root_places(self) -> list[int]:
+        """For each of ``group[0].idxs`` the place, among the group's units, of the one that it goes with."""
+        if self._coupling is self._graph.coupling:
+            return self[0].root_idxs
+        places: dict[int, int] = {}  # of whole heads, which are few
+        for k in range(self.size):
+            alone = self._graph._items(self.units[k : k + 1], self._root, self._alive)
+            places.update(dict.fromkeys(alone[0].idxs, k) if alone else {})
+        return [places.get(position, 0) for position in self[0].idxs]
+
     def has_pruning_op(self, dep: Dependency, idxs: Sequence[int]) -> bool:
         """Whether the group cuts these positions of that layer."""
         return any(
             d.target.module is dep.target.module and d.handler is dep.handler and i == list(idxs) for d, i in self
         )
+
+    def has_dep(self, dep: Dependency) -> bool:
+        """Whether the group cuts that side of that layer."""
+        return any(d.target.module is dep.target.module and d.handler is dep.handler for d, _ in self)
+
+    def add_dep(self, dep: Dependency, idxs: Sequence[int]) -> None:
+        """Let the group also cut these positions of a layer, with all that goes with them.
+
+        Args:
+            dep: from an item of a group; its ``handler`` and ``target`` say which side of which layer.
+            idxs: positions of it.
+
+        Raises:
+            InputError: there are no such positions, or the group is one of whole heads.
+        """
+        if self._coupling is not self._graph.coupling:
+            raise InputError("a group of whole heads takes in no single positions; prune them as a group of their own")
+        more = self._graph.units_at(self._graph._side(dep.target, dep.handler), idxs)
+        self.units = np.concatenate((self.units, np.setdiff1d(more, self.units)))
+        self.__dict__.pop("items", None)
+        self.__dict__.pop("parts", None)
+
+    add_and_merge = add_dep
 
     def plan(self, idxs: Sequence[int] | None = None) -> Plan:
         """The plan that removes the group (or, of its root, only ``idxs``)."""

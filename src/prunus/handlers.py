@@ -12,6 +12,7 @@ from prunus.errors import InputError, SurgeryError
 from prunus.held import CHANNELS, submodule
 from prunus.opaque import find_customized
 from prunus.plan import Plan, Removal
+from prunus.swapping import put
 
 
 def tensor_removals(plan: Plan) -> list[Removal]:
@@ -154,9 +155,7 @@ class _Snapshot:
             container.extend(contents) if isinstance(container, list) else container.update(contents)
         for tensor, data, values, grad in self._tensors:
             data.copy_(values)
-            tensor.grad = None
-            tensor.data = data
-            tensor.grad = grad
+            put(tensor, data, grad)
         for group, params in self._groups:
             group["params"] = params
         if self._optimizer is not None:

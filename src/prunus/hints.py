@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,8 @@ def _apply_unwrapped(trace: Trace, unwrapped: Any) -> dict[int, int]:
     if not unwrapped:
         return {}
     pairs = unwrapped.items() if isinstance(unwrapped, Mapping) else unwrapped
+    if not isinstance(pairs, Iterable):
+        raise InputError(f"unwrapped_parameters={unwrapped!r}: pass pairs (parameter, dim) or {{parameter: dim}}")
     place = {id(h): k for k, h in enumerate(trace.held)}
     found: dict[int, int] = {}
     for pair in pairs:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from prunus.errors import InputError, SurgeryError
+from prunus.swapping import put
 
 load, save = torch.load, torch.save
 
@@ -61,8 +62,7 @@ def load_state_dict(model: nn.Module, state_dict: Mapping[str, Any]) -> None:
         )
     with torch.no_grad():
         for name, tensor in own.items():
-            tensor.grad = None
-            tensor.data = tensors[name].detach().clone().to(tensor.device, tensor.dtype)
+            put(tensor, tensors[name].detach().clone().to(tensor.device, tensor.dtype), None)
     for path, values in sizes.items():
         modules[path].__dict__.update(values)
 

@@ -82,6 +82,11 @@ class Narrowing:
             tensor[tuple(index)] = values.to(tensor.dtype)
 
 
+def masked(model: nn.Module) -> bool:
+    """Whether a mask is on the model."""
+    return any(isinstance(_owner(hook), SoftPruning) for hook in model._forward_pre_hooks.values())
+
+
 class SoftPruning:
     """A mask over a model, kept in its forward until :meth:`lift`; made by :func:`soft_prune`.
 
@@ -90,7 +95,7 @@ class SoftPruning:
 
     def __init__(self, model: nn.Module, plan: Plan) -> None:
         self.model, self.plan = model, plan
-        if any(isinstance(_owner(hook), SoftPruning) for hook in model._forward_pre_hooks.values()):
+        if masked(model):
             raise InputError("the model is soft-pruned already: lift that mask first")
         custom = [r.tensor for r in plan.removals if r.tensor.rpartition(".")[2] == CHANNELS]
         if custom:
@@ -282,4 +287,4 @@ def _memory(tensor: torch.Tensor) -> Any:
     return tensor.data_ptr(), tuple(tensor.shape), tensor.stride()
 
 
-__all__ = ["SoftPruning", "soft_prune"]
+__all__ = ["SoftPruning", "masked", "soft_prune"]

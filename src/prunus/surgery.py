@@ -20,12 +20,13 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from prunus.containers import container_swaps
-from prunus.errors import SurgeryError
+from prunus.errors import InputError, SurgeryError
 from prunus.handlers import layer_cuts, tensor_removals
 from prunus.held import layer_of, own_tensors, submodule
 from prunus.mirrors import mirrored
 from prunus.plan import Mirror, Plan, Removal, Scaling
 from prunus.sizes import attribute_home
+from prunus.swapping import put
 from prunus.untouched import untouched
 
 
@@ -40,13 +41,7 @@ class Change:
 def data_swap(tensor: torch.Tensor, new: torch.Tensor) -> Change:
     """Let a tensor have other values, in memory of their own; its gradient stays."""
     old = tensor.data
-
-    def put(data: torch.Tensor) -> None:
-        grad, tensor.grad = tensor.grad, None
-        tensor.data = data
-        tensor.grad = grad
-
-    return Change(lambda: put(new), lambda: put(old))
+    return Change(lambda: put(tensor, new, tensor.grad), lambda: put(tensor, old, tensor.grad))
 
 
 @dataclass
@@ -86,6 +81,8 @@ def apply(
     Raises:
         SurgeryError: the plan does not fit; the model is as it was.
     """
+    if optimizer is not None and not hasattr(optimizer, "state"):
+        raise InputError(f"optimizer={optimizer!r}: pass a torch.optim.Optimizer over the model's parameters")
     receipt = Receipt(plan)
     places, targets = _places(model), _targets(model, plan)
     changes = _prepare(model, plan, optimizer, targets, places)
@@ -315,13 +312,7 @@ def _swap_item(fields: dict[str, Any], key: str, index: int, value: int) -> Chan
 def _swap_data(parameter: nn.Parameter, new: torch.Tensor, cut: Callable[[torch.Tensor], torch.Tensor]) -> list[Change]:
     old, old_grad = parameter.data, parameter.grad
     grad = cut(old_grad) if old_grad is not None else None
-
-    def put(data: torch.Tensor, gradient: torch.Tensor | None) -> None:
-        parameter.grad = None
-        parameter.data = data
-        parameter.grad = gradient
-
-    return [Change(lambda: put(new, grad), lambda: put(old, old_grad))]
+    return [Change(lambda: put(parameter, new, grad), lambda: put(parameter, old, old_grad))]
 
 
 def _swap_state(

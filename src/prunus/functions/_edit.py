@@ -18,6 +18,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from prunus.errors import InputError
+from prunus.swapping import put
 
 __all__ = ["Edit", "Indices", "keep_positions", "surviving_groups"]
 
@@ -152,9 +153,7 @@ class Edit(Generic[LayerT]):
     def commit(self) -> LayerT:
         """Make every change, and give the layer back. Parameters and buffers keep their identity."""
         for tensor, value, grad in self._tensors:
-            tensor.grad = None
-            tensor.data = value
-            tensor.grad = grad
+            put(tensor, value, grad)
         for module, name, new in self._attributes:
             setattr(module, name, new)
         return self.layer

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from prunus.errors import InputError
 from prunus.functions._edit import Edit, Indices, keep_positions
+from prunus.swapping import put
 
 __all__ = [
     "prune_embedding_in_channels",
@@ -189,7 +190,5 @@ def _prune_parameter(parameter: TensorT, idxs: Indices, inplace: bool, dim: int,
     target = parameter if inplace else copy.deepcopy(parameter)
     grad = None if target.grad is None else target.grad.index_select(dim, at)
     value = target.detach().index_select(dim, at)
-    target.grad = None
-    target.data = value
-    target.grad = grad
+    put(target, value, grad)
     return target

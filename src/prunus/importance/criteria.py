@@ -202,10 +202,8 @@ def _sentinel(scores: torch.Tensor, rank: float) -> torch.Tensor:
 
 def _lamp(scores: torch.Tensor) -> torch.Tensor:
     """Lee et al. 2021 (arXiv 2010.07611): each score over the sum of those that are not smaller."""
-    order = scores.argsort(descending=True)
-    found = torch.empty_like(scores)
-    found[order] = scores[order] / (scores[order].cumsum(0) + TINY)
-    return found
+    falling, order = scores.sort(descending=True)
+    return torch.empty_like(scores).scatter_(-1, order, falling / (falling.cumsum(-1) + TINY))
 
 
 def _standardize(scores: torch.Tensor) -> torch.Tensor:

@@ -172,12 +172,26 @@ def _yolo(spec: str, shape: Sequence[int]) -> Source:
     return Source(model.float(), torch.rand(tuple(shape)), without_features, yolo)
 
 
+def _made(module: str, name: str) -> Any:
+    """What a factory makes; a model that is there is taken as it is."""
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise InputError(f"cannot find {name!r} in module {module!r}: {error}") from error
+    if isinstance(found, nn.Module) or not callable(found):
+        return found
+    try:
+        return found()
+    except Exception as error:
+        raise InputError(
+            f"{module}:{name}() failed ({type(error).__name__}: {error}); it is called without arguments"
+        ) from error
+
+
 def _factory(module: str, name: str, shape: Sequence[int] | None) -> Source:
     sys.path.insert(0, os.getcwd())
     try:
-        made = getattr(importlib.import_module(module), name)()
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot find {name!r} in module {module!r}: {error}") from error
+        made = _made(module, name)
     finally:
         sys.path.pop(0)
     if isinstance(made, nn.Module):

@@ -14,6 +14,7 @@ from prunus.heads import Offer
 from prunus.hints import Frozen
 from prunus.report import frozen_text
 from prunus.sizes import Fact
+from prunus.soft import masked
 from prunus.tracing import ForwardFn, Inputs
 
 
@@ -85,8 +86,11 @@ def graph_of(  # noqa: PLR0913 - what the faces have in common
         InputError: the model cannot run on the inputs, or an ignored layer is not part of it.
         NothingToPruneError: the model has no parameters.
     """
+    whole = model_in(model)
+    if masked(whole):
+        raise InputError("the model is soft-pruned, which hides what belongs together: lift that mask first")
     graph = DependencyGraph().build_dependency(
-        model_in(model),
+        whole,
         example_inputs,
         forward_fn,
         output_transform,

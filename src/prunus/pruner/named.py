@@ -19,6 +19,18 @@ from prunus.tracing import Inputs
 P = TypeVar("P", bound=type[BasePruner])
 
 
+def _setting(part: str, name: str, what: str) -> Any:
+    """A field of the pruner's own penalty, to read and to set while training goes on."""
+
+    def write(pruner: Any, value: float) -> None:
+        old = getattr(pruner, part)
+        new = replace(old, **{name: value})
+        setattr(pruner, part, new)
+        pruner._penalties.regularizers = [new if one is old else one for one in pruner._penalties.regularizers]
+
+    return property(lambda pruner: getattr(getattr(pruner, part), name), write, doc=what)
+
+
 class MagnitudePruner(BasePruner):
     """The base under the name that most scripts use."""
 
@@ -62,6 +74,9 @@ class GroupNormPruner(BasePruner):
         True
     """
 
+    reg = _setting("lasso", "reg", "Strength of the penalty.")
+    alpha = _setting("lasso", "alpha", "How much faster the weakest unit shrinks, in powers of 2.")
+
     def __init__(
         self,
         model: nn.Module,
@@ -104,6 +119,9 @@ class GrowingRegPruner(BasePruner):
         options: the same by name.
     """
 
+    reg = _setting("decay", "reg", "The decay of every unit at first.")
+    delta_reg = _setting("decay", "delta", "The most that the decay grows by at once.")
+
     def __init__(
         self,
         model: nn.Module,
@@ -139,6 +157,9 @@ class BNScalePruner(BasePruner):
         rest: the arguments of :class:`BasePruner` after ``importance``, in its order.
         options: the same by name.
     """
+
+    reg = _setting("scales", "reg", "Strength of the penalty.")
+    group_lasso = _setting("scales", "group_lasso", "Whether the scales of coupled norms shrink together.")
 
     def __init__(
         self,

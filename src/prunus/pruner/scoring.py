@@ -19,7 +19,7 @@ from prunus.pruner.scopes import root_of
 from prunus.selection import Scores, score_units
 
 Criterion = Callable[[Any], "torch.Tensor | None"]
-"""``group -> one score for each unit``, or None: leave this group alone."""
+"""``group -> one score for each unit`` (or for each of ``group[0].idxs``), or None: leave this group alone."""
 
 
 def criterion_of(importance: Any) -> Criterion:
@@ -54,8 +54,9 @@ def score_with(
         root = root_of(graph, left, coupling)
         if root is None:
             return None
+        asked = Group(graph, left, root, coupling)
         try:
-            found = importance(Group(graph, left, root, coupling))
+            found = importance(asked)
         except NotImplementedError as error:
             if any(p.is_meta for p in graph.model.parameters()):
                 raise InputError(
@@ -65,11 +66,25 @@ def score_with(
             raise
         if found is None:
             return None
+        found = by_unit(found, asked)
         _check_scores(found, len(left), root.node.name)
         scores[torch.from_numpy(there)] = found.detach().float().cpu()
         return scores
 
     return score
+
+
+def by_unit(found: Any, group: Group) -> Any:
+    """Scores for each unit, where they are for each of ``group[0].idxs``: the mean over what goes with the unit."""
+    if not isinstance(found, torch.Tensor) or found.dim() != 1 or len(found) == group.size or not len(group):
+        return found
+    if len(found) != len(group[0].idxs):
+        return found
+    places = torch.tensor(group.root_places())
+    number = torch.bincount(places, minlength=group.size)
+    if not bool(number.all()):
+        return found
+    return torch.zeros(group.size).index_add_(0, places, found.detach().float().cpu()) / number
 
 
 def _check_scores(found: Any, count: int, layer: str) -> None:
@@ -119,4 +134,4 @@ def some_scored(scored: tuple[Offer, Scores, Scores]) -> tuple[Offer, Scores, Sc
     return scored
 
 
-__all__ = ["Criterion", "criterion_of", "score_offer", "score_with", "some_scored"]
+__all__ = ["Criterion", "by_unit", "criterion_of", "score_offer", "score_with", "some_scored"]

@@ -31,7 +31,7 @@ from prunus.pruner import scopes
 from prunus.pruner.beginning import graph_of, listed, model_in, something, types_of
 from prunus.pruner.schedules import Schedule, linear_scheduler
 from prunus.pruner.scopes import ByLayer, HeadShares, by_layer, check_share, counts_of, makers
-from prunus.pruner.scoring import Criterion, criterion_of, score_offer
+from prunus.pruner.scoring import Criterion, by_unit, criterion_of, score_offer
 from prunus.pruner.training import Penalties
 from prunus.pruner.wishes import Wishes
 from prunus.regularize import Regularizer
@@ -143,8 +143,13 @@ class BasePruner:
         self.iterative_steps, self.current_step = iterative_steps, 0
         self.root_module_types = types_of(root_module_types)
         self.ignored_layers = list(listed(ignored_layers))
-        self.num_heads = dict(num_heads or {})
+        self.num_heads = by_layer("num_heads", num_heads)
         self.prune_num_heads, self.prune_head_dims = prune_num_heads, prune_head_dims
+        self.in_channel_groups = by_layer("in_channel_groups", in_channel_groups)
+        self.out_channel_groups = {
+            **by_layer("channel_groups", channel_groups),
+            **by_layer("out_channel_groups", out_channel_groups),
+        }
         self.head_pruning_ratio, self.head_pruning_ratio_dict = head_pruning_ratio, dict(head_pruning_ratio_dict or {})
         self.pruning_ratio_dict = {
             **by_layer("ch_sparsity_dict", ch_sparsity_dict),
@@ -170,8 +175,8 @@ class BasePruner:
         )
         self.per_step_pruning_ratio = self._wishes.shares
         named = counts_of(whole, self.num_heads, "num_heads")
-        made = counts_of(whole, {**(channel_groups or {}), **(out_channel_groups or {})}, "out_channel_groups")
-        read = counts_of(whole, in_channel_groups or {}, "in_channel_groups")
+        made = counts_of(whole, self.out_channel_groups, "out_channel_groups")
+        read = counts_of(whole, self.in_channel_groups, "in_channel_groups")
         self.DG = graph_of(
             model,
             example_inputs,
@@ -308,9 +313,16 @@ class BasePruner:
             number = int(width * pruning_ratios_or_idxs)
             if scores is None or number == 0:
                 raise InputError(f"nothing would go: {width} positions, share {pruning_ratios_or_idxs}")
-            pruning_ratios_or_idxs = torch.argsort(scores[:width], stable=True)[:number].tolist()
+            scores = by_unit(scores, group)[torch.tensor(group.root_places())]
+            order = torch.argsort(scores, stable=True)[:number].tolist()
+            pruning_ratios_or_idxs = [group[0].idxs[place] for place in order]
         self.DG.get_pruning_group(layer, pruning_fn, pruning_ratios_or_idxs).prune()
         self._count_heads()
+
+    @property
+    def per_step_head_pruning_ratio(self) -> list[float]:
+        """The share of heads that is gone after 0, 1, ... steps."""
+        return self._wishes.shares_of(self.head_pruning_ratio or self.pruning_ratio)
 
     @cached_property
     def layer_init_out_ch(self) -> dict[Any, int]:

@@ -23,7 +23,7 @@ class Penalties:
         self, graph: DependencyGraph, found: Offer, regularizers: Regularizer | Sequence[Regularizer] | None
     ) -> None:
         self._graph, self._offer = graph, found
-        chosen = regularizers if isinstance(regularizers, Sequence) else (regularizers,)
+        chosen = regularizers if isinstance(regularizers, (list, tuple)) else (regularizers,)
         self.regularizers: list[Regularizer] = [one for one in chosen if one is not None]
         for one in self.regularizers:
             if isinstance(one, type) or not hasattr(one, "gradients") or not hasattr(one, "update"):

@@ -89,7 +89,11 @@ class Wishes:
 
     def now(self, ratio: float, step: int) -> float:
         """What the schedule makes of a share after some steps."""
-        return shares_of(self._schedule, ratio, self._steps)[min(step, self._steps)]
+        return self.shares_of(ratio)[min(step, self._steps)]
+
+    def shares_of(self, ratio: float) -> list[float]:
+        """What the schedule makes of a share, after 0, 1, ... steps."""
+        return shares_of(self._schedule, ratio, self._steps)
 
     def rules(self, graph: DependencyGraph, found: Offer) -> dict[int, Rule]:
         """The rule of each family on offer, by identity."""
