@@ -271,3 +271,16 @@ def test_a_target_above_what_the_model_costs_says_so() -> None:
     """It is not that the groups are too small."""
     with pytest.raises(NothingToPruneError, match=r"costs no more than that as it is \(macs 736 of at most 10,000\)"):
         prunus.prune(network(), X, Target(macs=10_000))
+
+
+def test_a_model_spread_over_processes_is_pruned_inside(tmp_path: Any) -> None:
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        wrapped = nn.parallel.DistributedDataParallel(network())
+        for run in ALL:
+            with pytest.raises(InputError, match=r"DistributedDataParallel.*prune what is inside \(model.module\)"):
+                run(wrapped)
+        assert by_ratio(wrapped.module) is None
+        assert wrapped.module[0].out_features == 8
+    finally:
+        torch.distributed.destroy_process_group()

@@ -839,3 +839,9 @@ class TestOneScoreForEachPosition:
             model, torch.randn(1, 5, 8), Positions(), pruning_ratio=0.25, prune_num_heads=True, prune_head_dims=False
         ).step()
         assert model.heads == 3 and torch.equal(model.qkv.weight, kept)
+
+
+def test_the_width_of_a_recurrent_layer_is_its_hidden_size() -> None:
+    layer = nn.LSTM(4, 6)
+    graph = tp.DependencyGraph().build_dependency(layer, torch.randn(5, 2, 4), output_transform=lambda out: out[1][1])
+    assert (graph.get_out_channels(layer), graph.get_in_channels(layer)) == (6, 4)

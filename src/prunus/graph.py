@@ -380,7 +380,10 @@ class DependencyGraph(Familiar):
         replay(self, pruning_history)
 
     def get_out_channels(self, module_or_node: Any) -> int:
-        """The present width of what a layer makes."""
+        """The present width of what a layer makes (hidden units of a recurrent layer, not its gates)."""
+        layer = getattr(module_or_node, "module", module_or_node)
+        if isinstance(layer, nn.RNNBase):
+            return layer.hidden_size
         return len(self._living(self._side(module_or_node, prune_parameter_out_channels))[0])
 
     def get_in_channels(self, module_or_node: Any) -> int:

@@ -22,12 +22,17 @@ def model_in(model: Any) -> nn.Module:
     """The model itself, where `torch.compile` wraps it.
 
     Raises:
-        InputError: it is no module.
+        InputError: it is no module, or is spread over processes, which keep the sizes of its parameters.
         NothingToPruneError: it has no parameters.
     """
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
     whole: nn.Module = getattr(model, "_orig_mod", model)
+    if type(whole).__name__ in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        raise InputError(
+            f"the model is wrapped in {type(whole).__name__}, which keeps the sizes of its parameters: prune what is "
+            "inside (model.module) in every process, then wrap it again"
+        )
     if next(whole.parameters(), None) is None:
         raise NothingToPruneError(f"this {type(whole).__name__} has no parameters, so nothing can be removed")
     return whole
