@@ -27,7 +27,7 @@ LEVELS = [
     {"errors", "labels", "ledger", "higher", "_version"},
     {"rules"},
     {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"}
-    | {"swapping"},
+    | {"swapping", "solving"},
     {"coupling"},
     {"drops", "following", "plan"},
     {"surgery", "mirrors", "containers", "handlers", "cost", "calibration", "importance", "functions", "ops"},

@@ -24,12 +24,11 @@ from prunus.sizes import (
     Fact,
     Size,
     attribute_home,
-    evaluate,
     expression_of,
     leaves,
     read_attribute,
-    solve,
 )
+from prunus.solving import evaluate, solve
 
 QUICK = settings(max_examples=100, derandomize=True, deadline=None, database=None)
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
@@ -471,3 +470,25 @@ def test_a_cut_after_which_the_code_would_take_another_path_is_refused() -> None
     with pytest.raises(SurgeryError, match="the code would take another path"):
         graph.get_pruning_group(model.second, prunus.prune_linear_out_channels, [0]).prune()
     assert model.second.out_features == 5
+
+
+class OuterProduct(nn.Module):
+    """Weights of several heads times the features, merged to a size that is a product of two attributes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads, self.width = 4, 6
+        self.features, self.weights, self.head = nn.Linear(8, 6), nn.Linear(6, 4), nn.Linear(24, 3)
+
+    def forward(self, x):
+        x = self.features(x)
+        y = x.unsqueeze(1) * self.weights(x).softmax(0).unsqueeze(2) + x.view(-1, 1, self.width)
+        return self.head(y.view(-1, self.heads * self.width))
+
+
+def test_both_factors_of_a_size_change_when_both_their_dims_shrink(oracle) -> None:
+    found = oracle(OuterProduct(), torch.randn(5, 8))
+    assert found.frozen == {"features.weight:1", "head.weight:0", "head.bias:0"}
+    model = OuterProduct()
+    prunus.prune(model, torch.randn(5, 8), prunus.Target(ratio=0.5))
+    assert (model.heads, model.width, model.head.in_features) == (2, 3, 6)

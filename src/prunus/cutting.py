@@ -211,7 +211,7 @@ class _Round:
 
     def _before(self, plan: Plan) -> nn.Module | None:
         """The model as it is before the cut, where some of its channels may be constant."""
-        if not self.order.folds or not may_have_constants(self.graph.model, plan):
+        if not self.order.folds or not may_have_constants(self.graph.coupling.trace, plan):
             return None
         try:
             return frozen(self.graph.model)

@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from prunus.coupling import Coupling
 from prunus.errors import SurgeryError
 from prunus.labels import Ids, surviving
-from prunus.sizes import Attribute, Extent, evaluate, expression_of, leaves, read_attribute, solve_all
+from prunus.sizes import Attribute, Extent, expression_of, leaves, read_attribute
+from prunus.solving import evaluate, solve_all
 
 TINY = 1e-6
 
@@ -27,7 +28,7 @@ def followed(coupling: Coupling, alive: NDArray[np.bool_]) -> Iterator[tuple[Att
         return read_attribute(coupling.trace.model, attribute)
 
     demands = [(expression_of(r.asked), surviving(alive, r.ids)) for r in requirements]
-    solved, values = solve_all(demands, lambda ids: surviving(alive, ids), read)
+    solved, values = solve_all(demands, lambda ids: surviving(alive, ids), read, bending=True)
     for requirement, (expression, size), value in zip(requirements, demands, values, strict=True):
         if size == 0 and requirement.ids.size:
             raise SurgeryError(f"a part sized by {expression} would lose its last position; remove fewer")

@@ -31,6 +31,7 @@ from prunus.tracing import ForwardFn, Inputs, call_model, tensors_in
 from prunus.untouched import eagerly, untouched
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+SMALL = 0.02  # tensors without larger entries are scaled up to it while a model is verified
 
 
 @dataclass(frozen=True)
@@ -154,14 +155,19 @@ _MEANS = {
 
 
 def _disturbed(coupling: Coupling, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Copies of all used float tensors in which no two entries are alike; signs stay."""
+    """Copies of all used float tensors in which no two entries are alike, and none is all but zero; signs stay.
+
+    What a layer scale of 1e-6 multiplies would not be seen in the outputs, whatever happens to it.
+    """
     values = {}
     for held in coupling.trace.held:
         tensor = held.tensor.detach()
         if not (tensor.is_floating_point() or tensor.is_complex()) or all(s < 0 for s in held.starts):
             continue
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).clamp(-3, 3).to(tensor)
-        values[held.name] = tensor * (1 + 0.1 * noise) + 0.02 * noise * (tensor == 0)
+        largest = float(tensor.abs().max()) if tensor.numel() else 0.0
+        visible = SMALL / largest if 0 < largest < SMALL else 1.0
+        values[held.name] = tensor * visible * (1 + 0.1 * noise) + SMALL * noise * (tensor == 0)
     return values
 
 

@@ -472,3 +472,23 @@ def test_merged_dims_cut_anew_in_other_places_do_not_go_by_these(oracle, groups,
     """A group that is half a head, or two heads, holds positions that go with a head or a dim of it, never with it."""
     found = oracle(GroupedOutput(groups), torch.randn(2, 5, 6))
     assert ("kv.weight:0" not in found.frozen) == free
+
+
+class LearnedQueries(nn.Module):
+    """Queries that are parameters: their number is a dim that could shrink too, and views merge it with the heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(10, 12), nn.Linear(12, 4)
+        self.queries = nn.Parameter(torch.randn(1, 6, 12))
+        self.attention = nn.MultiheadAttention(12, 2, batch_first=True)
+
+    def forward(self, x):
+        x = self.embed(x)
+        pooled, _ = self.attention(self.queries.expand(len(x), -1, -1), x, x)
+        return self.head(pooled.mean(1))
+
+
+def test_a_dim_merged_with_a_part_of_another_stays_and_keeps_no_other(oracle) -> None:
+    found = oracle(LearnedQueries(), torch.randn(3, 5, 10))
+    assert found.frozen == {"embed.weight:1", "queries:1", "head.weight:0", "head.bias:0"}

@@ -80,6 +80,30 @@ def _whole(name: str, **options: Any) -> Builder:
     return build
 
 
+class TypedNodes(nn.Module):
+    """Two attention layers over nodes and edges of several types; heads times channels are written as a product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torch_geometric import nn as geometric
+
+        self.lift, self.head = nn.Linear(FEATURES, 24), nn.Linear(24, CLASSES)
+        self.convs = nn.ModuleList(geometric.HEATConv(24, 6, 2, 3, 5, EDGE, 7, heads=4) for _ in range(2))
+
+    def forward(self, x: Tensor, edge_index: Tensor, nodes: Tensor, edges: Tensor, edge_attr: Tensor) -> Tensor:
+        x = self.lift(x)
+        for conv in self.convs:
+            x = conv(x, edge_index, nodes, edges, edge_attr).relu()
+        return self.head(x)
+
+
+def _typed() -> Network:
+    edges = _edges()
+    count = edges.shape[1]
+    types = torch.arange(NODES) % 2, torch.arange(count) % 3
+    return Network(TypedNodes(), (torch.randn(NODES, FEATURES), edges, *types, torch.rand(count, EDGE)))
+
+
 def _pooled(pool: str) -> Builder:
     def build() -> Network:
         import torch_geometric.nn as geometric
@@ -120,6 +144,7 @@ def table() -> Table:
         "edge_conv": _conv(lambda g: g.EdgeConv(_mlp(48, 24))),
         "generalised": _conv(lambda g: g.GENConv(24, 24), residual=True),
         "arma": _conv(lambda g: g.ARMAConv(24, 24, num_stacks=2)),
+        "heterogeneous": _typed,
         "pool_mean": _pooled("mean"),
         "pool_max": _pooled("max"),
         "pool_add": _pooled("add"),

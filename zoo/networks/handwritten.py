@@ -1107,6 +1107,23 @@ class GroupedOutput(nn.Module):
         return self.head(torch.bmm(y, weight).transpose(0, 1).reshape(n, t, -1))
 
 
+class SetTransformer(nn.Module):
+    """Learned points attend to a set, the set to them, and a learned seed pools it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Linear(20, 24), nn.Linear(24, 4)
+        self.points, self.seed = nn.Parameter(torch.randn(1, 6, 24)), nn.Parameter(torch.randn(1, 1, 24))
+        self.gather, self.spread, self.pool = (nn.MultiheadAttention(24, 3, batch_first=True) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embedding(x)
+        seen, _ = self.gather(self.points.expand(len(x), -1, -1), x, x)
+        x = x + self.spread(x, seen, seen)[0]
+        pooled, _ = self.pool(self.seed.repeat(len(x), 1, 1), x, x, need_weights=False)
+        return self.head(pooled.squeeze(1))
+
+
 def _pictures(body: Callable[[], nn.Module], width: int = 16, out: int | None = None, size: int = 16) -> Builder:
     return lambda: Network(Pictures(body(), width, out), torch.randn(2, 3, size, size))
 
@@ -1192,6 +1209,7 @@ def _whole() -> Table:
         "temporal_shift": _on(TemporalShift, (8, 3, 8, 8)),
         "grouped_output": _on(GroupedOutput, (2, 5, 6)),
         "cached_attention": lambda: Network(CachedAttention(), torch.randint(0, 30, (2, 6))),
+        "set_transformer": lambda: Network(SetTransformer(), torch.randn(3, 5, 20)),
         "two_stream": lambda: Network(
             TwoStream(), {"video": torch.randn(2, 3, 4, 6, 6), "audio": torch.randn(2, 4, 8)}
         ),

@@ -13,7 +13,8 @@ from prunus.coupling.families import Draft
 from prunus.coupling.units import Units
 from prunus.labels import Ids, first_row
 from prunus.ledger import Ledger, Limit, Requirement
-from prunus.sizes import Attribute, Binary, Expression, Extent, evaluate, expression_of, leaves, solve_all
+from prunus.sizes import Attribute, Binary, Expression, Extent, expression_of, leaves
+from prunus.solving import evaluate, solve_all
 
 TINY = 1e-6
 

@@ -1,9 +1,10 @@
 """Repair without training: the layers that read removed channels are refitted in closed form on a few samples."""
 
 from prunus.repair.closed_form import repair
-from prunus.repair.constants import fold_constants, may_have_constants
+from prunus.repair.constants import fold_constants
 from prunus.repair.report import LayerRepair, RepairReport
 from prunus.repair.samples import Batch, CannotRunError, explained, read
+from prunus.repair.suspects import may_have_constants
 from prunus.repair.twins import frozen
 
 __all__ = [

@@ -40,8 +40,6 @@ def fold_constants(dense: nn.Module, model: nn.Module, plan: Plan, inputs: Any, 
     Returns:
         changes to be made on ``model``; none where no removed channel is constant.
     """
-    if not may_have_constants(dense, plan):
-        return []
     try:
         with untouched(model), untouched(dense):
             old, new = (_recorded(m, inputs, run) for m in (dense, model))
@@ -59,29 +57,6 @@ def fold_constants(dense: nn.Module, model: nn.Module, plan: Plan, inputs: Any, 
         if change is not None:
             changes.append(change)
     return changes
-
-
-def may_have_constants(model: nn.Module, plan: Plan) -> bool:
-    """Whether the plan removes a row of zeros of some layer, or a weight of zero of some norm."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    for removal in plan.removals:
-        p = parameters.get(removal.tensor)
-        if (
-            p is None
-            or p.is_meta
-            or not p.is_floating_point()
-            or (p.dim() == 1 and not removal.tensor.endswith("weight"))
-        ):
-            continue
-        corner: tuple[Any, ...] = tuple(slice(None) if d == removal.dim else 0 for d in range(p.dim()))
-        zeros = set((p.detach()[corner] == 0).nonzero().flatten().tolist())  # few rows begin with one
-        suspects = [k for k in removal.positions if k in zeros]
-        if not suspects:
-            continue
-        rows = p.detach().movedim(removal.dim, 0)[suspects]
-        if bool((rows == 0).reshape(len(suspects), -1).all(1).any()):
-            return True
-    return False
 
 
 def _recorded(model: nn.Module, inputs: Any, run: Run) -> Recorder:

@@ -223,7 +223,21 @@ def _merged(op: Op, x: Labelled, block: Block, labelled: list[int]) -> _Leaf:
         if label is not None and all(d == dim or d in label.context for d in labelled):
             _tie_foreign_order(op, x, label, dim, block)
             return _Leaf(label.ids, label.context, dim)
+    first = x.dims[labelled[0]]
+    if len(block.outs) > 1 and first is not None and _apart(x, labelled):
+        op.freeze([first], f"{op.name} merges it with a part of another dimension")
+        return _merged(op, x, block, labelled[1:])
     return _product(op, x, labelled)
+
+
+def _apart(x: Labelled, labelled: Sequence[int]) -> bool:
+    """Whether the first of some dims is independent of all others, two or more, which one label describes together."""
+    labels = {d: label for d in labelled if (label := x.dims[d]) is not None}
+    first, *rest = labelled
+    together = any(set(rest) <= {d, *labels[d].context} for d in rest)
+    return (
+        len(rest) > 1 and together and not labels[first].context and all(first not in labels[d].context for d in rest)
+    )
 
 
 def _tie_foreign_order(op: Op, x: Labelled, label: Label, dim: int, block: Block) -> None:

@@ -1,0 +1,77 @@
+"""Whether a plan removes channels that may be constant, as far as the trace and a look at the weights can tell."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from prunus.held import Held
+from prunus.modes import Event
+from prunus.plan import Plan, Removal
+from prunus.rules.table import MOVES
+from prunus.tracing import Trace
+
+_SUMS = frozenset(["add", "sub", "rsub"])
+_KEEPS = frozenset([*_SUMS, *MOVES, "cat", "stack", "embedding", "copy"])
+"""Ops that do not make a constant of what varies, whatever zeros are in the tensors of the model that they read."""
+UNKNOWN = -1  # the source of a tensor that no recorded op makes
+
+
+def may_have_constants(trace: Trace, plan: Plan) -> bool:
+    """Whether something that the plan cuts reads channels that stem from a removed row of zeros alone.
+
+    A row of zeros makes a constant of what is multiplied by it; nothing does that varies is added to (a residual sum).
+
+    Args:
+        trace: the run that the plan stems from; its model is not cut yet.
+        plan: what is to be removed.
+    """
+    index = {held.name: k for k, held in enumerate(trace.held)}
+    parameters = dict(trace.model.named_parameters(remove_duplicate=False))
+    zeros: dict[int, list[int]] = {}
+    for removal in plan.removals:
+        parameter = parameters.get(removal.tensor)
+        if parameter is not None and removal.tensor in index and _removes_zeros(parameter, removal):
+            zeros.setdefault(index[removal.tensor], []).append(removal.dim)
+    if not zeros:
+        return False
+    cut = {index[r.tensor] for r in plan.removals if r.tensor in index}
+    origins: list[int] = []  # of what each step makes: the step, or the tensor of the model of which it is a view
+    constant: list[bool] = []  # by step
+    for step, event in enumerate(trace.events):
+        read = [origins[t.source] if t.source >= 0 else t.source for t in event.inputs]
+        computed = [constant[source] for source in read if source >= 0]
+        if any(computed) and any(t.ndim > 1 and -2 - s in cut for t, s in zip(event.inputs, read, strict=True)):
+            return True
+        origins.append(read[0] if event.name in MOVES and read and read[0] != UNKNOWN else step)
+        if event.name in _SUMS:
+            constant.append(bool(computed) and all(computed))
+        else:
+            own = () if event.name in _KEEPS else [(-2 - s, dim) for s in read for dim in zeros.get(-2 - s, ())]
+            constant.append(any(computed) or any(_makes(event, trace.held[k], dim) for k, dim in own))
+    return False
+
+
+def _removes_zeros(parameter: Tensor, removal: Removal) -> bool:
+    """Whether a row of zeros of some layer goes, or a weight of zero of some norm."""
+    if parameter.is_meta or not parameter.is_floating_point():
+        return False
+    if parameter.dim() == 1 and not removal.tensor.endswith("weight"):
+        return False
+    values = parameter.detach()
+    corner: tuple[Any, ...] = tuple(slice(None) if d == removal.dim else 0 for d in range(values.dim()))
+    zeros = set((values[corner] == 0).nonzero().flatten().tolist())  # few rows begin with one
+    rows = [k for k in removal.positions if k in zeros]
+    if not rows:
+        return False
+    return bool((values.movedim(removal.dim, 0)[rows] == 0).reshape(len(rows), -1).all(1).any())
+
+
+def _makes(event: Event, held: Held, dim: int) -> bool:
+    """Whether the rows along one dim of a tensor of the model become positions of what an op makes of it."""
+    if len(held.shape) == 1 or event.name == "mul":
+        return True
+    start, end = held.starts[dim], held.starts[dim] + held.shape[dim]
+    made = [label.ids for result in event.results for label in result.dims if label is not None]
+    return any(bool(((ids >= start) & (ids < end)).any()) for ids in made)
