@@ -4,7 +4,7 @@ from prunus.repair.closed_form import repair
 from prunus.repair.constants import fold_constants, may_have_constants
 from prunus.repair.report import LayerRepair, RepairReport
 from prunus.repair.samples import Batch, CannotRunError, explained, read
-from prunus.repair.twins import frozen
+from prunus.repair.twins import frozen, takeover
 
 __all__ = [
     "Batch",
@@ -17,4 +17,5 @@ __all__ = [
     "may_have_constants",
     "read",
     "repair",
+    "takeover",
 ]

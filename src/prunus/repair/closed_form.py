@@ -21,9 +21,9 @@ from prunus.repair.norms import reestimate
 from prunus.repair.report import LayerRepair, RepairReport
 from prunus.repair.samples import LANES, Batch, explained, held_share, read
 from prunus.repair.sweep import Refitted, Run, Sweep, wanted
-from prunus.repair.twins import frozen, separate, sharing
+from prunus.repair.twins import frozen, separate, sharing, takeover
 from prunus.repair.watch import Key, Watch, Weights, guarded
-from prunus.surgery import Change, Receipt, apply, data_swap
+from prunus.surgery import Receipt, apply
 from prunus.tracing import ForwardFn, call_model
 from prunus.untouched import untouched, without_mha_fastpath
 
@@ -131,7 +131,7 @@ class _Work:
             found = self._on(copy)
         layers, before, after, accepted, norms, notes = found
         if accepted:
-            for change in _commit(self.model, copy):
+            for change in takeover(self.model, copy):
                 change.do()
                 receipt.changes.append(change)
         own = [(b.count, held_share(b.count) if b.held is None else b.count * b.held) for b in self.batches]
@@ -251,20 +251,3 @@ def _layer(label: str, done: Refitted) -> LayerRepair:
     before, after = (None, None) if fit is None else (fit.before, fit.after)
     ridge = None if fit is None else fit.ridge
     return LayerRepair(label, before, after, ridge, done.rows, done.corrected, done.reason)
-
-
-def _commit(model: nn.Module, copy: nn.Module) -> list[Change]:
-    """Let every tensor that differs have the copy's values; the old ones are kept for undo.
-
-    What shares memory in the copy, as it did in the model, shares the new memory too.
-    """
-    changes = []
-    made: dict[tuple[int, torch.Size], Tensor] = {}
-    theirs: dict[str, Tensor] = dict((*copy.named_parameters(), *copy.named_buffers()))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        value = theirs[name]
-        if torch.equal(tensor, value):
-            continue
-        new = made.setdefault((value.data_ptr(), value.shape), value.detach().clone())
-        changes.append(data_swap(tensor, new))
-    return changes
