@@ -4,7 +4,19 @@
 that users of structured pruning know, so that ``import prunus as tp`` runs the scripts they have.
 """
 
-from prunus import cost, dependency, distill, functions, importance, ops, pruner, regularize, serialization, utils
+from prunus import (
+    cost,
+    dependency,
+    distill,
+    distributed,
+    functions,
+    importance,
+    ops,
+    pruner,
+    regularize,
+    serialization,
+    utils,
+)
 from prunus import functions as function
 from prunus import pruner as algorithms
 from prunus._version import __version__
@@ -76,6 +88,7 @@ __all__ = [
     "cost",
     "dependency",
     "distill",
+    "distributed",
     "drop_blocks",
     "find_blocks",
     "freeze",

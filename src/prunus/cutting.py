@@ -14,6 +14,7 @@ from torch import nn
 from prunus.allocation import Allocation, Offered, check_allocation, offered, within
 from prunus.budget import Budget, Found, Target
 from prunus.cost import LatencyModel, LatencyTable, MemoryModel
+from prunus.distributed import gathered
 from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
 from prunus.heads import Offer, choose_offered, offer
@@ -110,6 +111,8 @@ def carry_out(graph: DependencyGraph, order: Order, samples: Samples | None, opt
             target = order.in_round(k, dense)
             job = _Round(graph, replace(order, target=target), k, samples, partial(_plan_of, graph, started, gone))
             units, budget, note = job.chosen()
+            if samples is not None:
+                units = gathered(units, "the choice of what goes")[0]
             if not units.size and k < order.rounds:
                 continue
             if not units.size and not done:

@@ -9,7 +9,7 @@ import torch
 
 from prunus import ops
 from prunus.errors import InputError
-from prunus.functions import PrunerBox
+from prunus.functions import PrunerBox, PruningFn, is_in_channel_fn, is_out_channel_fn
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -60,6 +60,14 @@ class Familiar:
     def CUSTOMIZED_PRUNERS(self) -> Mapping[Any, Any]:  # noqa: N802 - the name that scripts use
         """The customised pruners."""
         return MappingProxyType(self._customized)
+
+    def is_out_channel_pruning_fn(self, fn: PruningFn) -> bool:
+        """Whether ``fn`` cuts what a layer makes."""
+        return is_out_channel_fn(fn)
+
+    def is_in_channel_pruning_fn(self, fn: PruningFn) -> bool:
+        """Whether ``fn`` cuts what a layer reads."""
+        return is_in_channel_fn(fn)
 
     @property
     def _module2name(self) -> dict[Any, str]:

@@ -390,14 +390,6 @@ class DependencyGraph(Familiar):
         """The present width of what a layer reads."""
         return len(self._living(self._side(module_or_node, prune_parameter_in_channels))[0])
 
-    def is_out_channel_pruning_fn(self, fn: PruningFn) -> bool:
-        """Whether ``fn`` cuts what a layer makes."""
-        return is_out_channel_fn(fn)
-
-    def is_in_channel_pruning_fn(self, fn: PruningFn) -> bool:
-        """Whether ``fn`` cuts what a layer reads."""
-        return is_in_channel_fn(fn)
-
     def explain(self, layer: nn.Module | str) -> str:
         """For every dim of a layer: which group it is in and through which ops, or why it has to stay."""
         return explain(self.coupling, layer)

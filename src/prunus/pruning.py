@@ -13,6 +13,7 @@ from prunus.allocation import Allocation
 from prunus.budget import Budget, Target
 from prunus.cost import LatencyTable
 from prunus.cutting import Order, carry_out
+from prunus.distributed import together
 from prunus.errors import InputError, TargetError
 from prunus.graph import DependencyGraph, collecting_seldom
 from prunus.heads import offer
@@ -222,11 +223,19 @@ def prune(  # noqa: PLR0913 - each keyword is a choice of the user
         facts=facts,
         device=device,
     )
-    before, given = graph.alive, None
-    if data is not None:
+    before, done = graph.alive, None
+    if data is None:
+        done = carry_out(graph, order, None, optimizer)
+    else:
         something(graph, offer(graph.coupling, prune_num_heads, prune_head_dims))
-        given = Samples.of(graph.model, data, samples, input_fn, mask_fn, forward_fn, output_transform)
-    done = carry_out(graph, order, given, optimizer)
+        try:
+            with together("prunus.prune"):
+                given = Samples.of(graph.model, data, samples, input_fn, mask_fn, forward_fn, output_transform)
+                done = carry_out(graph, order, given, optimizer)
+        except BaseException:
+            if done is not None:
+                done.receipt.undo()
+            raise
     return PruneResult(done.plan, done.receipt, graph, (before, graph.alive), done.budget, done.report, done.note)
 
 

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_map
 
 from prunus.calibration import Calibration, calibrate
 from prunus.calibration.batches import samples_in
+from prunus.distributed import OtherRankError, gathered
 from prunus.errors import InputError
 from prunus.importance import OutputErrorImportance
 from prunus.plan import Plan
@@ -53,7 +54,7 @@ class Samples:
             InputError: the data cannot be used, or the model cannot be copied.
         """
         found = read(data, input_fn, most, model, mask_fn)
-        count = sum(b.count for b in found)
+        count = sum(gathered(sum(b.count for b in found), "the number of samples"))
         return Samples(found, mask_fn is not None, count, frozen(model), forward_fn, transform)
 
     def importance(self, model: nn.Module) -> tuple[OutputErrorImportance, str]:
@@ -63,6 +64,8 @@ class Samples:
         except CannotRunError:
             raise
         except (InputError, RuntimeError, NotImplementedError) as error:
+            if isinstance(error, OtherRankError) and error.is_over():
+                raise
             why = f"no gradient of the outputs could be had ({error}), so layers were not weighed against each other"
             return OutputErrorImportance(self._calibration(model, ("grams",))), why
 

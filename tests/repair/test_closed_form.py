@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import prunus
+from prunus.repair import closed_form
 
 
 class Residual(nn.Module):
@@ -291,7 +292,7 @@ def test_the_page_about_repair_runs() -> None:
     namespace: dict[str, object] = {"__name__": "__main__"}
     for block in blocks:
         exec(compile("\n" * text.count("\n", 0, block.start(1)) + block[1], "repair.md", "exec"), namespace)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
 
 
 class Tied(nn.Module):
@@ -321,3 +322,26 @@ def test_a_head_tied_to_an_embedding_keeps_its_weights_where_new_ones_harm_what_
     assert report.after == pytest.approx(error, rel=1e-3)
     assert torch.equal(model.embedding.weight, cut.embedding.weight)
     assert "embedding looks up rows of it too" in str(report).replace("\n", " ")
+
+
+class Inverted(nn.Module):
+    """A norm that reads a stream, and one that reads a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.norm, self.two = nn.Linear(6, 24), nn.BatchNorm1d(24), nn.Linear(24, 24)
+        self.norm2, self.three = nn.BatchNorm1d(24), nn.Linear(24, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.one(x)))
+        return self.three(F.relu(self.norm2(x + self.two(x))))
+
+
+@pytest.mark.parametrize("inverted", [False, True])
+def test_norms_behind_fitted_layers_only_are_not_computed_anew(inverted, monkeypatch) -> None:
+    calls = []
+    monkeypatch.setattr(closed_form, "reestimate", lambda *args: calls.append(args) or 0)
+    model, shape = (Inverted().eval(), (6,)) if inverted else make("residual")
+    report = prunus.repair(model, plan_for(model, *shape), batches(*shape))
+    assert report.accepted
+    assert len(calls) == inverted

@@ -14,8 +14,10 @@ from rich.progress import Progress
 from torch import nn
 
 from prunus.calibration.batches import batches_of, is_empty, sample_of, samples_in, split_batch, to_device
+from prunus.calibration.ranks import sum_readings, sum_rows
 from prunus.calibration.recording import Recorder
 from prunus.calibration.statistics import Calibration, Gradient
+from prunus.distributed import count, gathered, rank, together
 from prunus.errors import InputError
 from prunus.tracing import ForwardFn, call_model, tensors_in
 from prunus.untouched import untouched, without_mha_fastpath
@@ -44,6 +46,7 @@ def calibrate(  # noqa: PLR0913 - each keyword is a choice of the user
 
     Each sample is run by itself where gradients are collected, so the result does not depend on how the data is cut
     into batches. The model is run in eval mode and left as it came: modes, gradients, hooks, buffers, random states.
+    In a process group of ``torch.distributed`` every rank calls this with its own samples, and gets the sums over all.
     Memory does not grow with the data: for each parameter two tensors of its size and ``keep`` numbers for each
     position; for each weight, with "grams", the square of its inputs.
 
@@ -97,10 +100,12 @@ def calibrate(  # noqa: PLR0913 - each keyword is a choice of the user
     if any(p.is_meta for _, p in names):
         raise InputError("calibrate: the model is on the meta device and has no values to run; calibrate a real copy")
     run = _Run(model, settings, keep, max_gram if "grams" in collect else 0, gram_rows)
-    with _as_found(model, run.parameters if run.with_gradients else {}), without_mha_fastpath():
-        for batch in _shown(batches_of(loader, steps), _length(loader, steps), progress):
-            run.add(batch)
-    return run.result(names)
+    with together("prunus.calibrate"):
+        with _as_found(model, run.parameters if run.with_gradients else {}), without_mha_fastpath():
+            for batch in _shown(batches_of(loader, steps), _length(loader, steps), progress):
+                run.add(batch)
+        run.meet()
+        return run.result(names)
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,7 @@ class _Run:
         self.split = False  # whether the batch that runs is taken as inputs and targets
         self.samples, self.batches, self.loss = 0, 0, 0.0
         self.device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
-        self.signs = torch.Generator().manual_seed(settings.seed)
+        self.signs = torch.Generator().manual_seed(settings.seed + rank() * 7_919)
 
     def add(self, batch: Any) -> None:
         """Run a batch: sample by sample where gradients are wanted."""
@@ -246,6 +251,23 @@ class _Run:
         dims = weight.dim() if weight.dim() <= 3 else 2
         masks = [weight.new_zeros(self.keep, weight.shape[d], dtype=torch.float32) for d in range(dims)]
         return _Sums(zeros, zeros.clone(), (*masks, *[None] * (weight.dim() - dims)))
+
+    def meet(self) -> None:
+        """Add up what all ranks have found."""
+        if count() == 1:
+            return
+        own = self.samples, self.loss, self.mixed, self.keep, sorted(self.sums)
+        every = gathered(own, "the number of samples")
+        offset = sum(one[0] for one in every[: rank()])
+        for name in sorted({name for one in every for name in one[4]}):
+            sums = self.sums[name] if name in self.sums else self._zeros(self.parameters[name])
+            tensors = sum_rows(
+                (sums.mean, sums.square, *sums.masks), offset, self.settings.seed, f"gradients of {name}"
+            )
+            self.sums[name] = _Sums(tensors[0], tensors[1], tuple(tensors[2:]))
+        self.recorder.readings = sum_readings(self.recorder.readings, self.device)
+        self.samples, self.loss = sum(one[0] for one in every), sum(one[1] for one in every)
+        self.mixed = any(one[2] for one in every)
 
     def result(self, names: list[tuple[str, nn.Parameter]]) -> Calibration:
         """What was found, under every name of every parameter."""

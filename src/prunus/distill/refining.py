@@ -19,8 +19,8 @@ from prunus.distill.terms import apart, floats, share_apart
 from prunus.drops import earlier_name, within
 from prunus.errors import InputError, PrunusError
 from prunus.plan import Plan
-from prunus.repair import frozen, read
-from prunus.surgery import Receipt, data_swap
+from prunus.repair import frozen, read, takeover
+from prunus.surgery import Receipt
 from prunus.tracing import ForwardFn
 from prunus.untouched import untouched, without_mha_fastpath
 
@@ -106,7 +106,13 @@ def refine(  # noqa: PLR0913 - each keyword is a choice of the user
             ) from error
     count = sum(b.count for b in batches)
     out = sum(_count(b.count, b.held) for b in batches)
-    _commit(model, new, work.trained if report.accepted else set(), report.receipt)
+    try:
+        for change in takeover(model, new, work.trained) if report.accepted else ():
+            report.receipt.changes.append(change)
+            change.do()
+    except BaseException:
+        report.receipt.undo()
+        raise
     return replace(report, samples=(count, out))
 
 
@@ -286,17 +292,3 @@ class _Block:
             schedule.step()
         for p in parameters:
             p.grad = None
-
-
-def _commit(model: nn.Module, copied: nn.Module, names: set[str], receipt: Receipt) -> None:
-    """Let the trained parameters have the copy's values; the old ones are kept for undo."""
-    values = dict(copied.named_parameters())
-    try:
-        for name, parameter in model.named_parameters():
-            if name in names and not torch.equal(parameter, values[name]):
-                change = data_swap(parameter, values[name].detach())
-                receipt.changes.append(change)
-                change.do()
-    except BaseException:
-        receipt.undo()
-        raise

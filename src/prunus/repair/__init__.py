@@ -5,7 +5,7 @@ from prunus.repair.constants import fold_constants
 from prunus.repair.report import LayerRepair, RepairReport
 from prunus.repair.samples import Batch, CannotRunError, explained, read
 from prunus.repair.suspects import may_have_constants
-from prunus.repair.twins import frozen
+from prunus.repair.twins import frozen, takeover
 
 __all__ = [
     "Batch",
@@ -18,4 +18,5 @@ __all__ = [
     "may_have_constants",
     "read",
     "repair",
+    "takeover",
 ]

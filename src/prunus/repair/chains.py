@@ -8,7 +8,7 @@ operand is there before the multiplication runs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -123,6 +123,12 @@ class Recorder:
         """Bytes of activations at each batch norm that uses its running statistics."""
         return [n for step, n in zip(self.steps, self.held, strict=True) if step.norm is not None]
 
+    def has_norm_beside(self, layers: Iterable[Key]) -> bool:
+        """Whether, behind the first of some layers, a batch norm reads what none of them made."""
+        made = {self.uses[key].step for key in layers}
+        first = min(made, default=-1)
+        return any(s.norm is not None and k > first and not made & {*s.inputs} for k, s in enumerate(self.steps))
+
     def chain(self, key: Key) -> Chain:
         """What becomes of the output of a use."""
         start = here = self.uses[key].step
@@ -215,8 +221,7 @@ def _unscaled(factors: Sequence[Any], result: Tensor) -> Inverse | None:
 
 
 def _divided(t: Tensor, scale: Tensor) -> Tensor:
-    large = scale.abs() > SMALL * scale.abs().max()
-    return torch.where(large, t / torch.where(large, scale, 1), 0)
+    return t * torch.where(scale.abs() > SMALL * scale.abs().max(), 1 / scale, 0)
 
 
 def _norm(name: str, func: Any, args: Any, kwargs: Any) -> tuple[Inverse | None, Norm | None]:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.distributed import gathered, together
+from prunus.errors import InputError
 from prunus.plan import Plan
 from prunus.repair.chains import Recorder
 from prunus.repair.consumers import Consumer, find_consumers
@@ -19,9 +21,9 @@ from prunus.repair.norms import reestimate
 from prunus.repair.report import LayerRepair, RepairReport
 from prunus.repair.samples import LANES, Batch, explained, held_share, read
 from prunus.repair.sweep import Refitted, Run, Sweep, wanted
-from prunus.repair.twins import frozen, separate, sharing
+from prunus.repair.twins import frozen, separate, sharing, takeover
 from prunus.repair.watch import Key, Watch, Weights, guarded
-from prunus.surgery import Change, Receipt, apply, data_swap
+from prunus.surgery import Receipt, apply
 from prunus.tracing import ForwardFn, call_model
 from prunus.untouched import untouched, without_mha_fastpath
 
@@ -49,8 +51,8 @@ def repair(  # noqa: PLR0913 - each keyword is a choice of the user
     Each layer that lost inputs gets new weights by ridge regression, from its inputs in the pruned (and so far
     repaired) model to what it computes in the dense one; the ridge pulls towards the weights that the cut left. Where
     the layer's output is added to a stream, its target makes up for what earlier cuts changed in the stream. Then the
-    statistics of batch norms are computed anew. Whatever does
-    not lower the error on samples that were held out is left out.
+    statistics of batch norms are computed anew, unless all of them read layers that were fitted, which has set the mean
+    and the scale. Whatever does not lower the error on samples that were held out is left out.
 
     Args:
         model: the dense model; or the cut one, if ``dense`` is given.
@@ -92,13 +94,16 @@ def repair(  # noqa: PLR0913 - each keyword is a choice of the user
         >>> report.after < report.before
         True
     """
-    batches = read(loader, input_fn, samples, model, mask_fn)
-    old = frozen(model if dense is None else dense)
-    receipt = apply(model, plan) if dense is None else Receipt(plan)
+    receipt = Receipt(plan)
     try:
-        run: Run = forward_fn if forward_fn is not None else call_model
-        work = _Work(old, model, plan, batches, run, tuple(ridges), drift, norms, widest, memory)
-        return work.report(receipt)
+        with together("prunus.repair"):
+            batches = read(loader, input_fn, samples, model, mask_fn)
+            old = frozen(model if dense is None else dense)
+            if dense is None:
+                receipt = apply(model, plan)
+            run: Run = forward_fn if forward_fn is not None else call_model
+            work = _Work(old, model, plan, batches, run, tuple(ridges), drift, norms, widest, memory)
+            return work.report(receipt)
     except BaseException:
         receipt.undo()
         raise
@@ -126,11 +131,12 @@ class _Work:
             found = self._on(copy)
         layers, before, after, accepted, norms, notes = found
         if accepted:
-            for change in _commit(self.model, copy):
+            for change in takeover(self.model, copy):
                 change.do()
                 receipt.changes.append(change)
-        total = sum(b.count for b in self.batches)
-        held = sum(held_share(b.count) if b.held is None else b.count * b.held for b in self.batches)
+        own = [(b.count, held_share(b.count) if b.held is None else b.count * b.held) for b in self.batches]
+        counts = [one for rank in gathered(own, "the number of samples") for one in rank]
+        total, held = (sum(numbers) for numbers in zip(*counts, strict=True))
         return RepairReport(layers, before, after, accepted, norms, (total, held), notes, receipt)
 
     def _on(self, copy: nn.Module) -> Any:
@@ -142,6 +148,7 @@ class _Work:
             if c.use.call.summed > self.widest:
                 left[c.name] = f"its outputs sum over {c.use.call.summed:,} inputs, more than widest={self.widest}"
         consumers = [c for c in consumers if c.use.call.summed <= self.widest]
+        _check_alike(consumers, new)
         notes = [f"{name} keeps its weights: {why}" for name, why in left.items()]
         names = {True: [s.name for s in old.steps], False: [s.name for s in new.steps]}
         room = max(ROOM, *old.held, 0) if self.memory is None else self.memory
@@ -158,7 +165,8 @@ class _Work:
         before = distance(dense_outs, raw)
         restated = 0
         held = new.held_at_norms()
-        if self.norms and held:
+        fitted = [key for done in sweep.done.values() if done.fit is not None for key in done.consumer.keys]
+        if self.norms and held and new.has_norm_beside(fitted):
             restated, after = self._norms(copy, dense_outs, after, (held, room))
         accepted = before is None or after is None or after < before
         if not accepted:
@@ -220,6 +228,16 @@ class _Work:
         return output
 
 
+def _check_alike(consumers: Sequence[Consumer], recorded: Recorder) -> None:
+    """Refuse ranks that would refit other layers."""
+    mine = [(c.name, c.keys, c.use.region, c.kept.tolist()) for c in consumers], len(recorded.held_at_norms())
+    if any(one != mine for one in gathered(mine, "the choice of layers")):
+        raise InputError(
+            "the ranks of torch.distributed have other layers to refit: give all of them the same model and the same "
+            "plan, and samples on which the model runs in the same way"
+        )
+
+
 def _place(consumer: Consumer, key: Key, old: Recorder, new: Recorder) -> Place:
     """What one batch holds at a call, and how many batches it takes for the rows that are wanted."""
     call = consumer.use.call
@@ -233,20 +251,3 @@ def _layer(label: str, done: Refitted) -> LayerRepair:
     before, after = (None, None) if fit is None else (fit.before, fit.after)
     ridge = None if fit is None else fit.ridge
     return LayerRepair(label, before, after, ridge, done.rows, done.corrected, done.reason)
-
-
-def _commit(model: nn.Module, copy: nn.Module) -> list[Change]:
-    """Let every tensor that differs have the copy's values; the old ones are kept for undo.
-
-    What shares memory in the copy, as it did in the model, shares the new memory too.
-    """
-    changes = []
-    made: dict[tuple[int, torch.Size], Tensor] = {}
-    theirs: dict[str, Tensor] = dict((*copy.named_parameters(), *copy.named_buffers()))
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        value = theirs[name]
-        if torch.equal(tensor, value):
-            continue
-        new = made.setdefault((value.data_ptr(), value.shape), value.detach().clone())
-        changes.append(data_swap(tensor, new))
-    return changes

@@ -42,8 +42,8 @@ class Place:
 def crowds(places: Sequence[Place], total: int, least: int, room: int) -> list[int]:
     """How many of ``total`` batches wait at each place.
 
-    Where it falls, batches leave; where it rises after that, they run once more from the beginning. All of that takes
-    no longer than running all batches once more.
+    Where it falls, batches leave; where it rises after that, they run once more from the beginning. That is done only
+    where it at least doubles the number, and all of it takes no longer than running all batches once more.
 
     Args:
         places: in the order in which they are reached.
@@ -68,7 +68,7 @@ def crowds(places: Sequence[Place], total: int, least: int, room: int) -> list[i
         here = min(here, max(need, 2 * here_fit))
         more = min(total, max(need, free))
         again = max(0, min(more, highest) - here)
-        if more > here and again <= spare:
+        if more > here and again <= spare and (not again or more >= 2 * here):
             here, spare = more, spare - again
         highest = max(highest, here)
         found.append(here)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prunus.distributed import gathered
 from prunus.repair.samples import Batch, held_share
 from prunus.tracing import tensors_in
 
@@ -18,12 +19,26 @@ def judged(batch: Batch, output: Any) -> list[Tensor]:
 
 
 def distance(dense: Mapping[int, Sequence[Tensor]], other: Mapping[int, Sequence[Tensor]]) -> float | None:
-    """The mean over the outputs of squared distance by variance; None where they cannot be compared.
+    """The mean over the outputs, of all ranks, of squared distance by variance; None where they cannot be compared.
 
     Args:
         dense: for each batch that is judged, what :func:`judged` gives for the dense model.
         other: the same for another model.
     """
+    shares: dict[int, list[float]] = {}
+    for one in gathered(_shares(dense, other), "the error of the outputs"):
+        if one is None:
+            return None
+        for j, found in one.items():
+            known = shares.get(j, [0.0, 0.0])
+            shares[j] = [known[0] + found[0], known[1] + found[1]]
+    if not shares:
+        return None
+    return sum(gap / max(all_, 1e-30) for gap, all_ in shares.values()) / len(shares)
+
+
+def _shares(dense: Mapping[int, Sequence[Tensor]], other: Mapping[int, Sequence[Tensor]]) -> Any:
+    """For each output, its squared distance and its variance, as sums."""
     shares: dict[int, list[float]] = {}
     for k, ones in dense.items():
         others = other[k]
@@ -33,9 +48,7 @@ def distance(dense: Mapping[int, Sequence[Tensor]], other: Mapping[int, Sequence
             total, a = shares.setdefault(j, [0.0, 0.0]), one.double()
             total[0] += float((a - two.double()).square().sum())
             total[1] += float((a - a.mean()).square().sum()) if a.numel() else 0.0
-    if not shares:
-        return None
-    return sum(gap / max(all_, 1e-30) for gap, all_ in shares.values()) / len(shares)
+    return shares
 
 
 def _part(batch: Batch, t: Tensor) -> Tensor:

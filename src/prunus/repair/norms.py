@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.distributed import copied, gathered
 from prunus.higher import SeesInside
 from prunus.repair.chains import BATCH_NORMS
 from prunus.repair.crowd import Heap, Place, crowds
@@ -61,7 +62,7 @@ def reestimate(model: nn.Module, batches: Sequence[Batch], run: Run, held: Seque
     Returns:
         how many norms were set.
     """
-    seen: dict[int, list[tuple[int, Tensor, Tensor]]] = {}
+    seen: dict[int, list[_Part]] = {}
     batches = [batch for batch in batches if not batch.held]
     enough = next(
         (k for k, n in enumerate(accumulate(b.count for b in batches), 1) if n >= LEAST_SAMPLES), len(batches)
@@ -81,9 +82,11 @@ def reestimate(model: nn.Module, batches: Sequence[Batch], run: Run, held: Seque
                     heap.tidy()
                 pairs = zip(batches, lanes, strict=False)
                 here = [(b, lane.stop) for b, lane in pairs if lane.stop is not None and lane.stop.nth == nth]
-                if here:
-                    _set(here, seen)
-            return len(seen)
+                found = [part for own in gathered(_parts(here), f"batch norm {nth}") for part in own]
+                if here and here[0][1] is not None:
+                    _set(here[0][1], seen.setdefault(id(here[0][1].mean), []), found)
+            copied([b for b in model.buffers() if b.is_floating_point()], "the end of batch norms")
+            return int(max(gathered(len(seen), "the number of batch norms")))
         finally:
             for lane in lanes:
                 lane.close()
@@ -97,10 +100,12 @@ def _runner(model: nn.Module, inputs: Any, run: Run) -> Any:
     return go
 
 
-def _set(stops: Sequence[tuple[Batch, _At | None]], seen: dict[int, list[tuple[int, Tensor, Tensor]]]) -> None:
-    """Mean and variance over all batches and places, as one."""
-    found = [at for _, at in stops if at is not None]
-    parts = seen.setdefault(id(found[0].mean), [])
+_Part = tuple[int, Tensor, Tensor]  # how many values, their mean and their variance
+
+
+def _parts(stops: Sequence[tuple[Batch, _At | None]]) -> list[_Part]:
+    """What each batch says about a norm."""
+    parts: list[_Part] = []
     for batch, at in stops:
         if at is None:
             continue
@@ -113,11 +118,17 @@ def _set(stops: Sequence[tuple[Batch, _At | None]], seen: dict[int, list[tuple[i
             x = x if x.dtype == torch.float64 else x.float()
             var, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
             parts.append((x.numel() // x.shape[1], mean.double(), var.double()))
+    return parts
+
+
+def _set(norm: _At, parts: list[_Part], more: Sequence[_Part]) -> None:
+    """Mean and variance over all batches and places, as one; ``more`` is added to the ``parts`` of earlier runs."""
+    parts += [(n, m.to(norm.mean.device), v.to(norm.mean.device)) for n, m, v in more]
     total = sum(n for n, _, _ in parts)
     if total < 2:
         return
     mean = sum((m * n for n, m, _ in parts), torch.zeros(())) / total
     var = sum(((v + (m - mean).square()) * n for n, m, v in parts), torch.zeros(())) / (total - 1)
     if bool(torch.isfinite(mean).all() and torch.isfinite(var).all()):
-        found[0].mean.copy_(mean)
-        found[0].var.copy_(var)
+        norm.mean.copy_(mean)
+        norm.var.copy_(var)

@@ -9,6 +9,7 @@ from math import inf
 import torch
 from torch import Tensor
 
+from prunus.distributed import copied, count
 from prunus.repair.moments import Moments
 
 TINY = 1e-12
@@ -33,10 +34,17 @@ def error_of(weight: Tensor, bias: Tensor, held: Moments) -> float:
         bias: (groups, outputs).
         held: moments of the rows to judge by.
     """
+    return _with_bias(_without_mean(weight, held), weight, bias, held)
+
+
+def _without_mean(weight: Tensor, held: Moments) -> Tensor:
+    """The variance of the errors, (groups, outputs)."""
+    return held.var_y + ((weight @ held.cov).sub_(held.cross, alpha=2) * weight).sum(2)
+
+
+def _with_bias(spread: Tensor, weight: Tensor, bias: Tensor, held: Moments) -> float:
     gap = held.mean_y - bias - torch.einsum("goi,gi->go", weight, held.mean_x)
-    explained = ((weight @ held.cov - 2 * held.cross) * weight).sum(2)
-    total = (held.var_y + explained + gap.square()).sum()
-    return max(0.0, float(total)) / max(float(held.var_y.sum()), TINY)
+    return max(0.0, float((spread + gap.square()).sum())) / max(float(held.var_y.sum()), TINY)
 
 
 def refit(
@@ -56,7 +64,8 @@ def refit(
     """
     weight = weight.double()
     old = weight.new_zeros(weight.shape[:2]) if bias is None else bias.double()
-    before = error_of(weight, old, held)
+    spread = _without_mean(weight, held)
+    before = _with_bias(spread, weight, old, held)
     solve = _solver(weight, old, fit, free_bias)
     tried: dict[int, Fit] = {}
 
@@ -72,12 +81,32 @@ def refit(
         return tried[k].after
 
     here = len(ridges) // 2
-    while ridges and min(at(here - 1), at(here + 1)) < at(here):  # the error has one valley
-        here += 1 if at(here + 1) < at(here - 1) else -1
+    for step in (-1, 1):  # the error has one valley
+        if not ridges or here != len(ridges) // 2:
+            break
+        while at(here + step) < at(here):
+            here += step
     shift = _bias(weight, old, fit, free_bias)
-    plain = Fit(weight, shift, None, before, error_of(weight, shift, held))
+    plain = Fit(weight, shift, None, before, _with_bias(spread, weight, shift, held))
     keep = Fit(weight, old, None, before, before)
     return min((keep, plain, *tried.values()), key=lambda f: f.after)
+
+
+def as_on_first_rank(fit: Fit, place: str) -> Fit:
+    """The same on all ranks of ``torch.distributed``, whatever their processors make of the last bits.
+
+    Args:
+        fit: what this rank found.
+        place: a name for the place in the work where ranks meet.
+    """
+    if count() == 1:
+        return fit
+    ridge = -1.0 if fit.ridge is None else fit.ridge
+    numbers = torch.tensor([ridge, fit.before, fit.after], dtype=torch.float64, device=fit.weight.device)
+    weight, bias = fit.weight.clone(), fit.bias.clone()
+    copied([numbers, weight, bias], f"the fit of {place}")
+    ridge, before, after = numbers.tolist()
+    return Fit(weight, bias, None if ridge < 0 else ridge, before, after)
 
 
 def _bias(weight: Tensor | None, old: Tensor, fit: Moments, free: bool) -> Tensor:

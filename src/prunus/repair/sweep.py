@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from prunus.distributed import count
 from prunus.repair.chains import Chain
 from prunus.repair.consumers import Consumer
 from prunus.repair.crowd import Heap, Place, crowds
@@ -23,7 +24,7 @@ from prunus.repair.judge import judged
 from prunus.repair.lanes import Lane
 from prunus.repair.moments import Sums
 from prunus.repair.recurrent import Gates
-from prunus.repair.ridge import Fit, refit
+from prunus.repair.ridge import Fit, as_on_first_rank, refit
 from prunus.repair.samples import LANES, Batch, held_share, least
 from prunus.repair.sites import Call
 from prunus.repair.twins import sharing
@@ -96,14 +97,14 @@ class Sweep:
         stale = False
         with self._lanes(by_key) as pairs:
             sums: dict[int, _Sums] = {}
-            for key, count in zip(order, counts, strict=True):
-                _leave(pairs, count)
-                self._join(pairs, by_key, count)
+            for key, most in zip(order, counts, strict=True):
+                _leave(pairs, most)
+                self._join(pairs, by_key, most)
                 for _, _, pruned in pairs:
                     self._bring(pruned, key, order)
                 here = [(b, d, p) for b, d, p in pairs if _at(p, key)]
                 consumer = by_key[key]
-                if here and (not stale or len(consumer.keys) > 1):
+                if (here or count() > 1) and (not stale or len(consumer.keys) > 1):
                     state = sums.setdefault(id(consumer), _Sums())
                     stale = self._visit(state, consumer, key, here, order) or stale
                     if stale and restart:
@@ -214,15 +215,16 @@ class Sweep:
     def _solve(self, consumer: Consumer, sums: _Sums, pruned: Sequence[Lane[Stop]]) -> bool:
         """Refit one consumer, and let the lanes that wait at it go on with its new weights, if they are better."""
         self._solved.add(consumer.keys[-1])
-        fit, held = sums.fit.moments(), sums.held.moments()
-        use = pruned[0].stop.use if pruned[0].stop is not None else consumer.use
+        use = next((lane.stop.use for lane in pruned if lane.stop is not None), consumer.use)
+        weight = use.call.matrix(use.call.weight)
+        fit, held = (s.moments(weight, consumer.name) for s in (sums.fit, sums.held))
         if fit is None or held is None:
             reason = sums.reason or ("its inputs are not finite" if sums.fit.count else "no samples reach it")
             self._note(consumer, None, sums, reason)
             return False
-        weight = use.call.matrix(use.call.weight)
         bias = None if use.call.bias is None else use.call.bias.reshape(weight.shape[0], -1)
-        found = refit(weight, bias, fit, held, self.ridges, consumer.free_bias)
+        sums.fit.count = fit.count
+        found = as_on_first_rank(refit(weight, bias, fit, held, self.ridges, consumer.free_bias), consumer.name)
         better = found.after < found.before
         if better:
             self._write(consumer, use, found)

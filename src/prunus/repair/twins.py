@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from prunus.errors import InputError
+from prunus.surgery import Change, data_swap
 
 
 def twin(model: nn.Module, tensor: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -56,6 +57,28 @@ def separate(model: nn.Module) -> nn.Module:
         return nn.Parameter(data, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else data
 
     return twin(model, own)
+
+
+def takeover(model: nn.Module, copy: nn.Module, names: Collection[str] | None = None) -> list[Change]:
+    """What lets every tensor that differs have the copy's values; the old ones are kept for undo.
+
+    What shares memory in the copy, as it did in the model, shares the new memory too.
+
+    Args:
+        model: what is to be changed.
+        copy: a copy of it.
+        names: which parameters and buffers; None for all.
+    """
+    changes = []
+    made: dict[tuple[int, torch.Size], Tensor] = {}
+    theirs: dict[str, Tensor] = dict((*copy.named_parameters(), *copy.named_buffers()))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        value = theirs[name]
+        if (names is not None and name not in names) or torch.equal(tensor, value):
+            continue
+        new = made.setdefault((value.data_ptr(), value.shape), value.detach().clone())
+        changes.append(data_swap(tensor, new))
+    return changes
 
 
 def _own(tensor: Tensor) -> Tensor:
