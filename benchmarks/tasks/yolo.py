@@ -92,7 +92,7 @@ def yolo(seed: int, cache: Path) -> Task:
 
     from prunus.integrations.shapes import shapes
     from prunus.integrations.ultralytics import Pictures
-    from prunus.integrations.ultralytics.pruning import without_features
+    from prunus.integrations.ultralytics.pruning import raw_predictions, without_features
 
     logging.getLogger("ultralytics").setLevel(logging.ERROR)
     data = str(shapes(cache.resolve(), seed=seed, size=SIZE, val=100))
@@ -127,6 +127,6 @@ def yolo(seed: int, cache: Path) -> Task:
         tune=lambda m, rate: fit(m, loss, batches, TUNING, rate),
         rates=(3e-4, 3e-3),
         keep=keep,
-        options={"forward_fn": without_features},
+        options={"forward_fn": without_features, "output_transform": raw_predictions},
         prepare=halved,
     )
