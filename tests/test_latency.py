@@ -206,6 +206,20 @@ def test_predictions_learn_from_what_is_measured() -> None:
         prunus.prune(Network().eval(), X, Target(latency=0.45), latency_table=own)
 
 
+def test_a_model_that_cannot_be_copied_is_timed_before_and_after_the_cut() -> None:
+    class Single(Network):
+        def __deepcopy__(self, memo: Any) -> Any:
+            raise RuntimeError("there is one only")
+
+    model = Single().eval()
+    dense = faked()(lambda: model(X), torch.device("cpu"))
+    result = prunus.prune(model, X, Target(latency=0.6), latency_table=table())
+    now = faked()(lambda: model(X), torch.device("cpu"))
+    assert result.budget is not None
+    assert result.budget.measured == (pytest.approx(dense), pytest.approx(now))
+    assert now <= 0.6 * dense
+
+
 def test_the_callers_rounding_stands() -> None:
     model = Network().eval()
     prunus.prune(model, X, Target(latency=0.5), round_to=8, latency_table=table(16))
