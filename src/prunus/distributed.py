@@ -6,7 +6,7 @@ well: what fails on one rank is raised on all of them, and none waits for a rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -134,11 +134,7 @@ def summed(tensors: Sequence[Tensor], place: str) -> None:
     Example:
         >>> summed([torch.ones(2)], "here")
     """
-    if count() == 1:
-        return
-    gathered(None, f"{place}, with {[tuple(t.shape) for t in tensors]}")
-    for tensor in tensors:
-        _through(tensor, dist.all_reduce)
+    _on_all(tensors, place, dist.all_reduce)
 
 
 def copied(tensors: Sequence[Tensor], place: str) -> None:
@@ -154,11 +150,7 @@ def copied(tensors: Sequence[Tensor], place: str) -> None:
     Example:
         >>> copied([torch.ones(2)], "here")
     """
-    if count() == 1:
-        return
-    gathered(None, f"{place}, with {[tuple(t.shape) for t in tensors]}")
-    for tensor in tensors:
-        _through(tensor, lambda t: dist.broadcast(t, 0))
+    _on_all(tensors, place, lambda t: dist.broadcast(t, 0))
 
 
 def _gather(message: tuple[int, str, Any, bool]) -> list[tuple[int, str, Any, bool]]:
@@ -168,7 +160,16 @@ def _gather(message: tuple[int, str, Any, bool]) -> list[tuple[int, str, Any, bo
     return found
 
 
-def _through(tensor: Tensor, op: Any) -> None:
+def _on_all(tensors: Sequence[Tensor], place: str, op: Callable[[Tensor], Any]) -> None:
+    """Do a collective op on each tensor, once all ranks are there with the same shapes."""
+    if count() == 1:
+        return
+    gathered(None, f"{place}, with {[tuple(t.shape) for t in tensors]}")
+    for tensor in tensors:
+        _through(tensor, op)
+
+
+def _through(tensor: Tensor, op: Callable[[Tensor], Any]) -> None:
     """Do a collective op on memory that the backend can reach."""
     device = torch.device("cuda") if dist.get_backend() == "nccl" else tensor.device
     with torch.no_grad():
