@@ -845,3 +845,26 @@ def test_the_width_of_a_recurrent_layer_is_its_hidden_size() -> None:
     layer = nn.LSTM(4, 6)
     graph = tp.DependencyGraph().build_dependency(layer, torch.randn(5, 2, 4), output_transform=lambda out: out[1][1])
     assert (graph.get_out_channels(layer), graph.get_in_channels(layer)) == (6, 4)
+
+
+def test_a_share_of_a_recurrent_layer_is_of_its_hidden_units() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.read = nn.LSTM(4, 6, batch_first=True)
+            self.say = nn.Linear(6, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.say(self.read(x)[0])
+
+    model = Tagger()
+    with torch.no_grad():
+        model.read.weight_ih_l0[1::6] *= 0.01  # unit 1 is the weakest
+        model.read.weight_hh_l0[1::6] *= 0.01
+        model.read.weight_hh_l0[:, 1] *= 0.01
+        model.say.weight[:, 1] *= 0.01
+    pruner = tp.pruner.MagnitudePruner(model, torch.randn(2, 5, 4), importance=tp.importance.MagnitudeImportance())
+    pruner.manual_prune_width(model.read, tp.prune_lstm_out_channels, 0.5)
+    assert (model.read.hidden_size, model.say.in_features) == (3, 3)
+    (plan,) = pruner.pruning_history()
+    assert 1 in next(r.positions for r in plan.removals if r.tensor == "say.weight")

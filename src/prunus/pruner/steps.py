@@ -310,7 +310,7 @@ class BasePruner:
             )
             group = graph.get_pruning_group(layer, pruning_fn, list(range(width)))
             scores = self.importance(group)
-            number = int(width * pruning_ratios_or_idxs)
+            number = int(len(group[0].idxs) * pruning_ratios_or_idxs)  # of gates, where the layer is recurrent
             if scores is None or number == 0:
                 raise InputError(f"nothing would go: {width} positions, share {pruning_ratios_or_idxs}")
             scores = by_unit(scores, group)[torch.tensor(group.root_places())]
