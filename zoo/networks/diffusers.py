@@ -82,6 +82,15 @@ def table() -> Table:
             up_block_types=("UpBlock2D", "UpBlock2D"),
             add_attention=False,
         ),
+        "unet_2d_skip": _make(
+            "UNet2DModel",
+            _noisy(),
+            **{**UNET, "norm_num_groups": None},
+            block_out_channels=(32, 64),
+            down_block_types=("SkipDownBlock2D", "AttnSkipDownBlock2D"),
+            up_block_types=("AttnSkipUpBlock2D", "SkipUpBlock2D"),
+            time_embedding_type="fourier",
+        ),
         "unet_2d_condition": _make("UNet2DConditionModel", _noisy(4, encoder_hidden_states=_text), **conditioned),
         "unet_2d_condition_linear": _make(
             "UNet2DConditionModel",
