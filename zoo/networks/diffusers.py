@@ -177,6 +177,27 @@ def table() -> Table:
             out_channels=4,
             pos_embed_max_size=8,
         ),
+        "lumina2": _make(
+            "Lumina2Transformer2DModel",
+            lambda: {
+                "hidden_states": torch.randn(2, 4, 16, 16),
+                "encoder_hidden_states": torch.randn(2, 16, 32),
+                "timestep": torch.rand(2),
+                "encoder_attention_mask": torch.ones(2, 16, dtype=torch.bool),
+            },
+            sample_size=16,
+            patch_size=2,
+            in_channels=4,
+            hidden_size=24,
+            num_layers=2,
+            num_refiner_layers=1,
+            num_attention_heads=3,
+            num_kv_heads=1,
+            multiple_of=2,
+            axes_dim_rope=(4, 2, 2),
+            axes_lens=(128, 128, 128),
+            cap_feat_dim=32,
+        ),
         "prior": _make(
             "PriorTransformer",
             lambda: {
