@@ -517,3 +517,25 @@ def test_merged_dims_stay_the_product_of_what_is_left_of_each(oracle, down, up, 
     found = oracle(MergedTwice(down, up), torch.randn(7, 5))
     assert found.frozen >= ({"down:0", "down:1", "up:1", "up:2"} if stay else set())
     assert stay or found.frozen.isdisjoint({"down:0", "down:1", "up:1", "up:2"})
+
+
+class PixelsToChannels(nn.Module):
+    """Four neighbours in a square become one position of four times the width; a table adds places to all of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patch = 4
+        self.embed, self.places, self.head = nn.Linear(5, 6), nn.Embedding(16, 6), nn.Linear(24, 3)
+
+    def forward(self, x):
+        x = self.embed(x)
+        n, t, c = x.shape
+        x = x + self.places(torch.full((n, 64 // self.patch), 2))
+        x = x.view(n, 4, 4, c).view(n, 4, 2, c * 2).permute(0, 2, 1, 3)
+        return self.head(x.reshape(n, 2, 2, c * 4).permute(0, 2, 1, 3).reshape(n, t // 4, c * 4))
+
+
+def test_a_dim_that_stays_merged_with_another_one_does_not_keep_it(oracle) -> None:
+    found = oracle(PixelsToChannels(), torch.randn(2, 16, 5))
+    assert "embed.weight:0" not in found.frozen
+    assert "head.weight:1" not in found.frozen

@@ -492,6 +492,7 @@ def _pairs() -> Table:
     )
     found["vilt"] = _make("Vilt", "ForQuestionAnswering", {**TEXT, **PICTURE, "num_labels": 3}, seen)
     found["llava"] = _llava
+    found["smolvlm"] = _smolvlm
     found["perceiver"] = _make(
         "Perceiver",
         "ForSequenceClassification",
@@ -524,6 +525,22 @@ def _llava() -> Network:
         {"input_ids": tokens, **_pixels()(), "use_cache": False},
         _run,
     )
+
+
+def _smolvlm() -> Network:
+    """Pictures of any shape, four of whose patches become one token."""
+    import transformers
+
+    config = transformers.SmolVLMConfig(
+        vision_config=PICTURE,
+        text_config=transformers.LlamaConfig(**DECODER),
+        scale_factor=2,
+        image_token_id=63,
+        use_cache=False,
+    )
+    tokens = torch.cat([torch.full((2, 4), 63), torch.randint(3, 60, (2, 6))], dim=1)
+    inputs = {"input_ids": tokens, "pixel_values": torch.randn(2, 1, 3, 32, 32), "use_cache": False}
+    return Network(transformers.SmolVLMForConditionalGeneration(config), inputs, _run)
 
 
 def _adapted() -> Network:

@@ -251,6 +251,9 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
     """Independent dims merged: each takes its rows of the product; a dim that only repeats the others has to stay."""
     reason = f"{op.name} merges it with another dimension"
     labels = {d: label for d in labelled if (label := x.dims[d]) is not None}
+    fixed = [d for d, label in labels.items() if op.ledger.stays(label.ids)]
+    if 0 < len(fixed) < len(labels):
+        return _product(op, x, [d for d in labelled if d not in fixed])
     repeats = [d for d, label in labels.items() if id(label.ids) in op.ledger.uniform]
     op.freeze([labels.pop(d) for d in repeats], reason)
     if len(labels) == 1:
