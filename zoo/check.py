@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 import prunus
 from prunus.cost import count
@@ -202,7 +203,8 @@ class _Work:
         try:
             net = self.make()
             model, inputs = net.model.eval().double(), _double(net.inputs)
-            return prunus.verify(model, inputs, net.forward_fn, net.output_transform)
+            with _Widened():
+                return prunus.verify(model, inputs, net.forward_fn, net.output_transform)
         except Exception:  # not every model runs in double precision; what float32 said then stands
             return None
 
@@ -325,6 +327,16 @@ class _Work:
         except Exception as error:
             self.problem(error)
         gc.collect()
+
+
+class _Widened(TorchFunctionMode):
+    """Code that turns its numbers to single precision, as many norms do, turns them to double precision."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") == "float" and isinstance(args[0], Tensor):
+            return args[0].double()
+        args = tuple(torch.float64 if a is torch.float32 else a for a in args)
+        return func(*args, **{k: torch.float64 if a is torch.float32 else a for k, a in (kwargs or {}).items()})
 
 
 def _within(report: prunus.VerifyReport, limit: float) -> bool:

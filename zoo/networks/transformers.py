@@ -205,6 +205,8 @@ def _decoders() -> Table:
     found["gpt2"] = _make("GPT2", "LMHeadModel", gpt, _tokens())
     found["gpt2_classifier"] = _make("GPT2", "ForSequenceClassification", {**gpt, "pad_token_id": 0}, _tokens())
     found["gemma3_text"] = _gemma3
+    ant = {**state, "num_hidden_layers": 4, "num_attention_heads": 4, "dim_head": 16, "dim_ff": 48}
+    found["cpmant"] = _make("CpmAnt", "ForCausalLM", ant, lambda: {"input_ids": torch.randint(3, WORDS, (2, 10))})
     found["llama_cached"] = _cached("Llama", "ForCausalLM", DECODER)
     found["gpt2_cached"] = _cached("GPT2", "LMHeadModel", gpt)
     found["mamba_cached"] = _cached("Mamba", "ForCausalLM", state)
