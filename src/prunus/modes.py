@@ -21,7 +21,7 @@ from prunus.higher import inside
 from prunus.labels import Dims, Label, Labelled, Numbered, unlabelled
 from prunus.ledger import Ledger
 from prunus.rules import Op, lookup
-from prunus.rules.table import MAKES, MOVES, MULTIPLIES, NEEDS_DTYPES, READS_NUMBERS, SIZED, Rule
+from prunus.rules.table import MAKES, MOVES, MULTIPLIES, NEEDS_DTYPES, READS_NUMBERS, SIZED, Rule, derived
 from prunus.siblings import Siblings
 from prunus.sizes import Size, shape_of
 from prunus.standins import HollowValueError, Standin, decides, deciding, standin_for
@@ -50,6 +50,7 @@ class Event(NamedTuple):
 class _Entry(NamedTuple):
     """What to do with an op, decided once."""
 
+    op: Any
     name: str
     rule: Rule | None
     composite: bool
@@ -65,6 +66,11 @@ class Tracer(TorchDispatchMode):
 
     supports_higher_order_operators = True
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while tracing; torch's guard against it costs microseconds for every op."""
+        return False
+
     def __init__(
         self, ledger: Ledger, held: Sequence[Held], index: dict[int, int], modules: Modules, *, hollow: bool = False
     ) -> None:
@@ -79,7 +85,6 @@ class Tracer(TorchDispatchMode):
         self.call = PythonCall(None, (), {})
         self._modules = {id(m): path for path, m in modules}
         self._stack: list[str] = [""]
-        self._entries: dict[int, _Entry] = {}  # by the op's identity: its own hash is slow
         self._known: dict[int, Labelled] = {}
         self._lasting: dict[int, tuple[torch.Tensor, Labelled]] = {}  # written in place: may outlive the run
         self._index = index
@@ -164,7 +169,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        entry = self._entries.get(id(func)) or self._classify(func)
+        entry: _Entry = derived.get(id(func)) or _classify(func)  # by identity: an op's own hash is slow
         if entry.composite:
             kernel = inside(func)
             with self, nullcontext() if kernel is None else FunctionMode(self):
@@ -189,30 +194,6 @@ class Tracer(TorchDispatchMode):
         named = kwargs.values() if seen is args else ()
         if any(self._leaked or self.labels_of(tensor).hollow for tensor in tensors_among((*seen, *named))):
             raise HollowValueError(func.name())
-
-    def _classify(self, func: Any) -> _Entry:
-        if inside(func) is not None:
-            self._entries[id(func)] = entry = _Entry(str(func), None, True, (), False, False, None, False)
-            return entry
-        rule = lookup(func)
-        composite = rule is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        )
-        spelled = func.overloadpacket.__name__
-        name = spelled.rstrip("_") or spelled
-        always = name in MAKES or getattr(rule, "__module__", "") in MULTIPLIES
-        entry = _Entry(
-            name,
-            rule,
-            composite,
-            written(func) if func._schema.is_mutable else (),
-            always,
-            name in NEEDS_DTYPES,
-            standin_for(func),
-            decides(func),
-        )
-        self._entries[id(func)] = entry
-        return entry
 
     def _record(self, entry: _Entry, func: Any, args: Any, kwargs: Any, result: Any, made_up: bool = False) -> None:
         inputs: list[Labelled] = []
@@ -311,6 +292,32 @@ class Tracer(TorchDispatchMode):
         if isinstance(value, (list, tuple)) and value and type(value[0]) not in _NUMBERS:
             return [self._lower(v, inputs) for v in value]
         return value
+
+
+def _classify(func: Any) -> _Entry:
+    """Decide what to do with an op."""
+    if inside(func) is not None:
+        entry = _Entry(func, str(func), None, True, (), False, False, None, False)
+    else:
+        rule = lookup(func)
+        composite = rule is None and torch._C._dispatch_has_kernel_for_dispatch_key(
+            func.name(), "CompositeImplicitAutograd"
+        )
+        spelled = func.overloadpacket.__name__
+        name = spelled.rstrip("_") or spelled
+        entry = _Entry(
+            func,
+            name,
+            rule,
+            composite,
+            written(func) if func._schema.is_mutable else (),
+            name in MAKES or getattr(rule, "__module__", "") in MULTIPLIES,
+            name in NEEDS_DTYPES,
+            standin_for(func),
+            decides(func),
+        )
+    derived[id(func)] = entry
+    return entry
 
 
 def written(func: Any) -> tuple[int, ...]:

@@ -120,13 +120,16 @@ def by_parts(
         InputError: the group is empty.
     """
     check_not_empty(group)
+    parts = [(places, found) for places, members in group.parts if (found := score(members)) is not None]
+    if not parts:
+        return None
+    places, found = parts[0]
+    if len(places) == group.size:
+        return normalize(found.float().cpu(), normalizer)
     scores = torch.zeros(group.size, dtype=torch.float32)
-    counted = False
-    for places, members in group.parts:
-        found = score(members)
-        if found is not None:
-            counted, scores[places] = True, found
-    return normalize(scores, normalizer) if counted else None
+    for places, found in parts:
+        scores[places] = found
+    return normalize(scores, normalizer)
 
 
 def check_not_empty(group: ScoredGroup) -> None:
