@@ -16,15 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prunus.calls import PythonCall
+from prunus.entries import Entry, entry_of
 from prunus.held import Held, Modules
 from prunus.higher import inside
 from prunus.labels import Dims, Label, Labelled, Numbered, unlabelled
 from prunus.ledger import Ledger
-from prunus.rules import Op, lookup
-from prunus.rules.table import MAKES, MOVES, MULTIPLIES, NEEDS_DTYPES, READS_NUMBERS, SIZED, Rule, derived
+from prunus.rules import Op
+from prunus.rules.table import MOVES, READS_NUMBERS, SIZED
 from prunus.siblings import Siblings
 from prunus.sizes import Size, shape_of
-from prunus.standins import HollowValueError, Standin, decides, deciding, standin_for
+from prunus.standins import HollowValueError, deciding
 
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -45,20 +46,6 @@ class Event(NamedTuple):
     outputs: tuple[Dims | None, ...]
     inputs: tuple[Labelled, ...] = ()  # by identity: what one op makes (`results`) and another one reads is one object
     results: tuple[Labelled, ...] = ()  # without those of which nothing is known
-
-
-class _Entry(NamedTuple):
-    """What to do with an op, decided once."""
-
-    op: Any
-    name: str
-    rule: Rule | None
-    composite: bool
-    writes: tuple[int, ...]  # which of its arguments it changes
-    makes: bool
-    dtypes: bool
-    standin: Standin | None
-    decides: bool
 
 
 class Tracer(TorchDispatchMode):
@@ -169,7 +156,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        entry: _Entry = derived.get(id(func)) or _classify(func)  # by identity: an op's own hash is slow
+        entry = entry_of(func)
         if entry.composite:
             kernel = inside(func)
             with self, nullcontext() if kernel is None else FunctionMode(self):
@@ -195,7 +182,7 @@ class Tracer(TorchDispatchMode):
         if any(self._leaked or self.labels_of(tensor).hollow for tensor in tensors_among((*seen, *named))):
             raise HollowValueError(func.name())
 
-    def _record(self, entry: _Entry, func: Any, args: Any, kwargs: Any, result: Any, made_up: bool = False) -> None:
+    def _record(self, entry: Entry, func: Any, args: Any, kwargs: Any, result: Any, made_up: bool = False) -> None:
         inputs: list[Labelled] = []
         lowered = [a if type(a) in _PLAIN else self._lower(a, inputs) for a in args]
         named = {k: self._lower(v, inputs) for k, v in kwargs.items()} if kwargs else {}
@@ -222,7 +209,7 @@ class Tracer(TorchDispatchMode):
         sources = tuple([i.source for i in inputs if i.source != -1])
         self.events.append(Event(entry.name, self._stack[-1], sources, tuple(labels), tuple(inputs), results))
 
-    def _pass_over(self, entry: _Entry, inputs: list[Labelled], hollow: Sequence[torch.Tensor]) -> None:
+    def _pass_over(self, entry: Entry, inputs: list[Labelled], hollow: Sequence[torch.Tensor]) -> None:
         """Nothing that the op reads is labelled: the sizes that the code gives it stay."""
         if entry.name in SIZED:
             for size in self.call.named():
@@ -231,7 +218,7 @@ class Tracer(TorchDispatchMode):
             self._mark(tensor, Labelled(tuple(tensor.shape), (None,) * tensor.dim(), hollow=True), entry)
 
     def _hang(
-        self, entry: _Entry, outputs: Sequence[torch.Tensor], labels: Sequence[Dims | None], hollow: bool
+        self, entry: Entry, outputs: Sequence[torch.Tensor], labels: Sequence[Dims | None], hollow: bool
     ) -> tuple[Labelled, ...]:
         """Hang what the rule found on the results; gives that of the results of which something is known."""
         results: list[Labelled] = []
@@ -248,7 +235,7 @@ class Tracer(TorchDispatchMode):
                 self._mark(tensor, Labelled(shape, (None,) * len(shape), hollow=True), entry)
         return tuple(results)
 
-    def _mark(self, tensor: torch.Tensor, labelled: Labelled, entry: _Entry) -> None:
+    def _mark(self, tensor: torch.Tensor, labelled: Labelled, entry: Entry) -> None:
         """Remember what is known of a result."""
         if entry.writes and MARK not in tensor.__dict__:
             self._lasting[id(tensor)] = (tensor, labelled)
@@ -262,7 +249,7 @@ class Tracer(TorchDispatchMode):
                 if type(value) is float:
                     self.ledger.match(value, inputs[0], -1.0 if name == "div" else 1.0)
 
-    def _apply(self, entry: _Entry, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _apply(self, entry: Entry, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """The rule's answer; an op without a rule, or one whose rule fails on it, freezes what flows into it."""
         reason = f"no rule for {entry.name}"
         if entry.rule is not None:
@@ -292,38 +279,6 @@ class Tracer(TorchDispatchMode):
         if isinstance(value, (list, tuple)) and value and type(value[0]) not in _NUMBERS:
             return [self._lower(v, inputs) for v in value]
         return value
-
-
-def _classify(func: Any) -> _Entry:
-    """Decide what to do with an op."""
-    if inside(func) is not None:
-        entry = _Entry(func, str(func), None, True, (), False, False, None, False)
-    else:
-        rule = lookup(func)
-        composite = rule is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        )
-        spelled = func.overloadpacket.__name__
-        name = spelled.rstrip("_") or spelled
-        entry = _Entry(
-            func,
-            name,
-            rule,
-            composite,
-            written(func) if func._schema.is_mutable else (),
-            name in MAKES or getattr(rule, "__module__", "") in MULTIPLIES,
-            name in NEEDS_DTYPES,
-            standin_for(func),
-            decides(func),
-        )
-    derived[id(func)] = entry
-    return entry
-
-
-def written(func: Any) -> tuple[int, ...]:
-    """The places of the arguments that an op changes."""
-    arguments = func._schema.arguments
-    return tuple([k for k, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write])
 
 
 def tensors_among(values: Iterable[Any]) -> Iterator[torch.Tensor]:
