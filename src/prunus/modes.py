@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -23,7 +22,7 @@ from prunus.ledger import Ledger
 from prunus.rules import Op, lookup
 from prunus.rules.table import MAKES, MOVES, MULTIPLIES, NEEDS_DTYPES, READS_NUMBERS, SIZED, Rule
 from prunus.siblings import Siblings
-from prunus.sizes import Size, shape_of
+from prunus.sizes import MEASURES, Size, shape_of
 from prunus.standins import HollowValueError, Standin, decides, deciding, standin_for
 
 MARK = "_prunus_labels"
@@ -31,7 +30,6 @@ _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})  # functions whose parts are looked at
 _PLAIN = frozenset({int, float, bool, type(None), str})
 _NUMBERS = frozenset({int, float, bool})  # a list of an op that begins with one holds no tensors
-_COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.scalar_tensor})
 _READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr})
 
@@ -230,7 +228,9 @@ class Tracer(TorchDispatchMode):
         self.ledger.step = len(self.events)
         op = Op(entry.name, self.ledger, inputs, [tuple(r.shape) for r in outputs], self.call)
         if entry.dtypes:
-            op.dtypes = [t.dtype for t in tensors_among((*args, *kwargs.values()))]
+            seen = list(tensors_among((*args, *kwargs.values())))
+            op.dtypes = [t.dtype for t in seen]
+            op.layouts = [(t.stride(), int(t.storage_offset())) for t in seen if t.layout is torch.strided]
         found = self._apply(entry, op, lowered, named)
         if self._numbered:
             found = _numbers(op, found)
@@ -365,9 +365,11 @@ class FunctionMode(TorchFunctionMode):
             shape = shape_of(labelled, tracer.ledger)
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if dim is None else shape[dim]
-        if func in _COUNTS:
+        if func in MEASURES:
             labelled = tracer.labels_of(args[0])
-            return prod(shape_of(labelled, tracer.ledger)) if labelled.labelled else func(*args, **kwargs)
+            if labelled.labelled:
+                return MEASURES[func](labelled, tracer.ledger, *args, **kwargs)
+            return func(*args, **kwargs)
         if func in _READS:
             tracer.read(args[0], func.__name__)
         if func in _FROM_NUMBERS:

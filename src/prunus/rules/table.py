@@ -38,8 +38,8 @@ F = TypeVar("F", bound=Rule)
 _TABLE: dict[OpOverload | OpOverloadPacket | str, Rule] = {}
 _REPLACED: dict[OpOverload | OpOverloadPacket | str, list[Rule]] = {}
 
-NEEDS_DTYPES = frozenset(["index", "index_put", "_grouped_mm"])
-"""Ops that mean something else for masks than for numbers, or whose widths are limited by the size of an element."""
+NEEDS_DTYPES = frozenset(["index", "index_put", "_grouped_mm", "as_strided"])
+"""Ops that mean another thing for masks than for numbers, are limited by the size of an element, or read memory."""
 
 MOVES = frozenset(
     [
@@ -103,7 +103,7 @@ class Call(Protocol):
 class Op:
     """One call of an ATen op, as a rule sees it."""
 
-    __slots__ = ("call", "dtypes", "inputs", "ledger", "name", "shapes")
+    __slots__ = ("call", "dtypes", "inputs", "layouts", "ledger", "name", "shapes")
 
     def __init__(
         self,
@@ -119,6 +119,7 @@ class Op:
         self.shapes = shapes
         self.call = call
         self.dtypes: list[torch.dtype] = []  # of ``inputs``; only for the ops in NEEDS_DTYPES
+        self.layouts: list[tuple[tuple[int, ...], int]] = []  # strides and offset of those; likewise
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -231,13 +231,11 @@ def _merged(op: Op, x: Labelled, block: Block, labelled: list[int]) -> _Leaf:
 
 
 def _apart(x: Labelled, labelled: Sequence[int]) -> bool:
-    """Whether the first of some dims is independent of all others, two or more, which one label describes together."""
+    """Whether the first of some dims is independent of all others, which one label describes together."""
     labels = {d: label for d in labelled if (label := x.dims[d]) is not None}
     first, *rest = labelled
     together = any(set(rest) <= {d, *labels[d].context} for d in rest)
-    return (
-        len(rest) > 1 and together and not labels[first].context and all(first not in labels[d].context for d in rest)
-    )
+    return together and not labels[first].context and all(first not in labels[d].context for d in rest)
 
 
 def _tie_foreign_order(op: Op, x: Labelled, label: Label, dim: int, block: Block) -> None:
