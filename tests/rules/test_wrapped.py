@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -237,7 +237,52 @@ def test_flex_attention_is_looked_into(oracle) -> None:
     """The function between scores and softmax is traced too: heads and head dims go as in any other attention."""
     found = oracle(Flexible(), TOKENS)
     assert found.frozen == {"q.weight:1", "kv.weight:1", "out.weight:0", "out.bias:0"}
-    assert (found.groups, found.model.heads) == (2, 4)
+    assert (found.groups, found.model.heads) == (3, 4)
+
+
+class MaskedFlexible(nn.Module):
+    """The same under a mask that knows no heads, some of which a slope of their own may bend."""
+
+    def __init__(self, padded: bool, sloped: bool) -> None:
+        super().__init__()
+        self.heads, self.shared, self.padded = 4, 2, padded
+        self.slopes = nn.Parameter(torch.rand(4)) if sloped else None
+        self.q, self.kv, self.out = nn.Linear(6, 24), nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        lengths = torch.tensor([t, t - 1], device=x.device)
+        q = self.q(x).view(n, t, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(x).view(n, t, 2, self.shared, -1).permute(2, 0, 3, 1, 4)
+
+        def seen(b, h, i, j):
+            return (i >= j) & (j < lengths[b]) if self.padded else i >= j
+
+        def bent(score, b, h, i, j):
+            return score + (i - j) * self.slopes[h]
+
+        mask = create_block_mask(seen, n if self.padded else None, None, t, t, device=str(x.device))
+        y = flex_attention(q, k, v, bent if self.slopes is not None else None, mask, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(n, t, -1))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sloped", [False, True])
+def test_heads_go_under_a_mask_that_knows_no_heads(oracle, padded, sloped) -> None:
+    """What a vectorised function gives for all heads alike follows their number."""
+    found = oracle(MaskedFlexible(padded, sloped), TOKENS)
+    assert found.frozen == {"q.weight:1", "kv.weight:1", "out.weight:0", "out.bias:0"}
+    model = MaskedFlexible(padded, sloped)
+    tp.prune(model, TOKENS, tp.Target(ratio=0.5), prune_num_heads=True, prune_head_dims=False)
+    assert (model.heads, model.shared, model.q.out_features) == (2, 1, 12)
+
+
+def test_what_is_mapped_over_a_width_follows_it(oracle, networks) -> None:
+    def forward(s, x):
+        y = s.p(x)
+        return y * torch.vmap(lambda row: x.mean(), in_dims=-1)(y) * torch.vmap(lambda w: 1 - w * x.sum())(s.w)
+
+    assert oracle(around(networks, forward, w=nn.Parameter(torch.randn(8))), TOKENS).bundles == 8
 
 
 class Branching(nn.Module):

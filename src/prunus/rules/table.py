@@ -93,6 +93,12 @@ class Call(Protocol):
     def argument(self, value: int, name: str, position: int) -> Any | None:
         """The int that the code passed as the argument ``name`` (or at ``position``), or None."""
 
+    def mapped(self) -> Any | None:
+        """How often a vectorised function repeats what does not depend on the dim over which it is mapped, or None."""
+
+    def pointwise(self) -> bool:
+        """Whether the code called a pointwise function, which may look at a number's type but at no position."""
+
     def bounds(self, start: int, end: int, size: int) -> tuple[Any, Any] | None:
         """Start and end of the slice that the code wrote (None where left out), or None if it wrote none."""
 

@@ -95,7 +95,13 @@ def expand(op: Op, x: Labelled, size: Sequence[int] | Labelled, *, implicit: boo
             model = size.dims[k]
             dims[k] = _repeated(op, model) if model is not None else None
         return as_wide_as(op, tuple(dims), size, skip=grown)
-    labels = sized(op, shape, dims, grown)
+    mapped = op.call.mapped() if len(grown) == 1 else None
+    if isinstance(mapped, int) and type(mapped) is not int and mapped == shape[grown[0]]:
+        label = dims[grown[0]] = Label(op.ledger.fresh(shape[grown[0]]))
+        op.require(mapped, label.ids)
+        labels: Dims = tuple(dims)
+    else:
+        labels = sized(op, shape, dims, grown)
     op.ledger.uniform.update(id(d.ids) for k in grown if (d := labels[k]) is not None)
     return labels
 
