@@ -24,6 +24,7 @@ from prunus.rules.table import MAKES, MOVES, MULTIPLIES, NEEDS_DTYPES, READS_NUM
 from prunus.siblings import Siblings
 from prunus.sizes import MEASURES, Size, shape_of
 from prunus.standins import HollowValueError, Standin, decides, deciding, standin_for
+from prunus.untouched import put_back
 
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
@@ -76,6 +77,7 @@ class Tracer(TorchDispatchMode):
         self.unsupported: dict[str, list[str]] = {}
         self.call = PythonCall(None, (), {})
         self._modules = {id(m): path for path, m in modules}
+        self._by_path = dict(modules)
         self._stack: list[str] = [""]
         self._entries: dict[int, _Entry] = {}  # by the op's identity: its own hash is slow
         self._known: dict[int, Labelled] = {}
@@ -113,8 +115,7 @@ class Tracer(TorchDispatchMode):
             yield
         finally:
             for tensor, values in self._overwritten.values():
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(values)
+                put_back(tensor, values)
 
     def _keep(self, target: Any) -> None:
         """Keep the values of a held tensor that an op is about to overwrite."""
@@ -123,7 +124,8 @@ class Tracer(TorchDispatchMode):
         if not self._storages:
             kept = (h.tensor for h in self.held if not h.tensor.is_meta and h.tensor.layout == torch.strided)
             self._storages = {t.untyped_storage().data_ptr(): t for t in kept if t.numel()}
-        held = self._storages.get(target.untyped_storage().data_ptr())
+        empty = target if target.numel() == 0 and id(target) in self._index else None  # it may grow
+        held = self._storages.get(target.untyped_storage().data_ptr(), empty)
         if held is not None and id(held) not in self._overwritten:
             self._overwritten[id(held)] = (held, held.detach().clone())
 
@@ -149,10 +151,10 @@ class Tracer(TorchDispatchMode):
         return found
 
     def _held_labels(self, index: int) -> Labelled:
-        """Fresh atoms for the dims of a tensor that the model keeps, at its first use; integers get none, they stay."""
+        """Fresh atoms for the dims of a tensor that the model keeps, at its first use; most integers get none."""
         held = self.held[index]
         dims: list[Label | None] = [None] * len(held.shape)
-        if held.tensor.is_floating_point() or held.tensor.is_complex():
+        if held.shrinks(self._by_path):
             for d, size in enumerate(held.shape):
                 if size > 1:
                     held.starts[d] = self.ledger.size
@@ -228,9 +230,7 @@ class Tracer(TorchDispatchMode):
         self.ledger.step = len(self.events)
         op = Op(entry.name, self.ledger, inputs, [tuple(r.shape) for r in outputs], self.call)
         if entry.dtypes:
-            seen = list(tensors_among((*args, *kwargs.values())))
-            op.dtypes = [t.dtype for t in seen]
-            op.layouts = [(t.stride(), int(t.storage_offset())) for t in seen if t.layout is torch.strided]
+            op.look_at([*tensors_among((*args, *kwargs.values()))])
         found = self._apply(entry, op, lowered, named)
         if self._numbered:
             found = _numbers(op, found)

@@ -108,12 +108,22 @@ def one_hot(op: Op, x: Labelled, num_classes: int = -1) -> Dims | list[Dims | No
 def count(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
     """How often each position is numbered: a dim with these positions."""
     label = x.numbers
+    if label is None and op.name == "histc":
+        return _spread(op, x)
     if label is None or label.ids.shape != op.shape or len(op.inputs) > 1 or not _counts_all(op, label, args, kwargs):
         return by_position(op, *op.inputs)
     counts = op.ledger.fresh(label.size)
     op.ledger.tie(counts, label.ids)
     op.ledger.mean(counts, "counts", label.ids)
     return (Label(counts),)
+
+
+def _spread(op: Op, x: Labelled) -> Dims:
+    """How many values there are in each bin: like any reduction over all dims."""
+    for d in range(x.ndim):
+        op.averages(x.dims[d])
+        x = Labelled(x.shape, without_context(op, x, d))
+    return (None,) * len(op.shape)
 
 
 def _counts_all(op: Op, label: Label, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:

@@ -127,6 +127,11 @@ class Op:
         self.dtypes: list[torch.dtype] = []  # of ``inputs``; only for the ops in NEEDS_DTYPES
         self.layouts: list[tuple[tuple[int, ...], int]] = []  # strides and offset of those; likewise
 
+    def look_at(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Note the dtypes of the op's inputs, and how they lie in memory."""
+        self.dtypes = [t.dtype for t in tensors]
+        self.layouts = [(t.stride(), int(t.storage_offset())) for t in tensors if t.layout is torch.strided]
+
     @property
     def shape(self) -> tuple[int, ...]:
         """The shape of the (first) output."""
