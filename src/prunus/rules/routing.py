@@ -137,10 +137,10 @@ def _counts_all(op: Op, label: Label, args: tuple[Any, ...], kwargs: dict[str, A
     low, last = (*args[1:], None, None)[:2]
     low, last = kwargs.get("min", low), kwargs.get("max", last)
     last = op.call.argument(int(last), "max", 3) if isinstance(last, (int, float)) else None
-    if bins is None or last is None or low != 0 or last != label.size - 1:
+    if bins is None or last is None or low != 0 or label.size - last not in (0, 1):
         return False
     op.require(bins, label.ids)
-    op.require(last + 1, label.ids)
+    op.require(last if last == label.size else last + 1, label.ids)
     return True
 
 
