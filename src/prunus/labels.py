@@ -151,3 +151,14 @@ def unlabelled(shape: Iterable[int], source: int = -1) -> Labelled:
     """A tensor of which nothing is known: its sizes may not change."""
     shape = tuple(shape)
     return Labelled(shape, (None,) * len(shape), source)
+
+
+def in_memory(shape: Sequence[int], strides: Sequence[int]) -> list[int] | None:
+    """The dims (none of size 1) of a tensor that fills its memory without gaps, innermost first; None for others."""
+    order = sorted((d for d, n in enumerate(shape) if n != 1), key=lambda d: strides[d])
+    inside = 1
+    for d in order:
+        if strides[d] != inside:
+            return None
+        inside *= int(shape[d])
+    return order

@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -24,15 +23,15 @@ from prunus.ledger import Ledger
 from prunus.rules import Op
 from prunus.rules.table import MOVES, READS_NUMBERS, SIZED
 from prunus.siblings import Siblings
-from prunus.sizes import Size, shape_of
+from prunus.sizes import MEASURES, Size, shape_of
 from prunus.standins import HollowValueError, deciding
+from prunus.untouched import put_back
 
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})  # functions whose parts are looked at
 _PLAIN = frozenset({int, float, bool, type(None), str})
 _NUMBERS = frozenset({int, float, bool})  # a list of an op that begins with one holds no tensors
-_COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.scalar_tensor})
 _READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr})
 
@@ -71,6 +70,7 @@ class Tracer(TorchDispatchMode):
         self.unsupported: dict[str, list[str]] = {}
         self.call = PythonCall(None, (), {})
         self._modules = {id(m): path for path, m in modules}
+        self._by_path = dict(modules)
         self._stack: list[str] = [""]
         self._known: dict[int, Labelled] = {}
         self._lasting: dict[int, tuple[torch.Tensor, Labelled]] = {}  # written in place: may outlive the run
@@ -107,8 +107,7 @@ class Tracer(TorchDispatchMode):
             yield
         finally:
             for tensor, values in self._overwritten.values():
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(values)
+                put_back(tensor, values)
 
     def _keep(self, target: Any) -> None:
         """Keep the values of a held tensor that an op is about to overwrite."""
@@ -117,7 +116,8 @@ class Tracer(TorchDispatchMode):
         if not self._storages:
             kept = (h.tensor for h in self.held if not h.tensor.is_meta and h.tensor.layout == torch.strided)
             self._storages = {t.untyped_storage().data_ptr(): t for t in kept if t.numel()}
-        held = self._storages.get(target.untyped_storage().data_ptr())
+        empty = target if target.numel() == 0 and id(target) in self._index else None  # it may grow
+        held = self._storages.get(target.untyped_storage().data_ptr(), empty)
         if held is not None and id(held) not in self._overwritten:
             self._overwritten[id(held)] = (held, held.detach().clone())
 
@@ -143,10 +143,10 @@ class Tracer(TorchDispatchMode):
         return found
 
     def _held_labels(self, index: int) -> Labelled:
-        """Fresh atoms for the dims of a tensor that the model keeps, at its first use; integers get none, they stay."""
+        """Fresh atoms for the dims of a tensor that the model keeps, at its first use; most integers get none."""
         held = self.held[index]
         dims: list[Label | None] = [None] * len(held.shape)
-        if held.tensor.is_floating_point() or held.tensor.is_complex():
+        if held.shrinks(self._by_path):
             for d, size in enumerate(held.shape):
                 if size > 1:
                     held.starts[d] = self.ledger.size
@@ -198,7 +198,7 @@ class Tracer(TorchDispatchMode):
         self.ledger.step = len(self.events)
         op = Op(entry.name, self.ledger, inputs, [tuple(r.shape) for r in outputs], self.call)
         if entry.dtypes:
-            op.dtypes = [t.dtype for t in tensors_among((*args, *kwargs.values()))]
+            op.look_at([*tensors_among((*args, *kwargs.values()))])
         found = self._apply(entry, op, lowered, named)
         if self._numbered:
             found = _numbers(op, found)
@@ -327,9 +327,11 @@ class FunctionMode(TorchFunctionMode):
             shape = shape_of(labelled, tracer.ledger)
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if dim is None else shape[dim]
-        if func in _COUNTS:
+        if func in MEASURES:
             labelled = tracer.labels_of(args[0])
-            return prod(shape_of(labelled, tracer.ledger)) if labelled.labelled else func(*args, **kwargs)
+            if labelled.labelled:
+                return MEASURES[func](labelled, tracer.ledger, *args, **kwargs)
+            return func(*args, **kwargs)
         if func in _READS:
             tracer.read(args[0], func.__name__)
         if func in _FROM_NUMBERS:

@@ -8,15 +8,16 @@ was read from a shape), an attribute must be set, or (a plain number in the code
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 from prunus.held import submodule
-from prunus.labels import Ids, Labelled
+from prunus.labels import Ids, Labelled, in_memory
 from prunus.ledger import Ledger, Number
 
 SMALLEST = 2  # a size of 1 cannot be pruned, so it is never followed
@@ -203,6 +204,28 @@ def shape_of(labelled: Labelled, ledger: Ledger) -> torch.Size:
     return torch.Size(
         [n if d is None else Size(n, Extent(d.ids), ledger) for n, d in zip(labelled.shape, labelled.dims, strict=True)]
     )
+
+
+def _numel(labelled: Labelled, ledger: Ledger, tensor: torch.Tensor) -> int:
+    """The number of a tensor's elements, which remembers the sizes of its dims."""
+    return prod(shape_of(labelled, ledger))
+
+
+def _stride(labelled: Labelled, ledger: Ledger, tensor: torch.Tensor, dim: int | None = None) -> Any:
+    """A tensor's strides, each of which remembers the sizes of the dims inside it, if the tensor has no gaps."""
+    found: list[int] = list(tensor.stride())
+    inside, shape = 1, shape_of(labelled, ledger)
+    for d in in_memory(labelled.shape, found) or ():
+        found[d] = inside
+        inside = inside * shape[d]
+    return tuple(found) if dim is None else found[dim]
+
+
+MEASURES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((torch.Tensor.numel, torch.Tensor.nelement, torch.numel), _numel),
+    torch.Tensor.stride: _stride,
+}
+"""Functions that tell how much memory a tensor has and how it lies there: as they are for labelled tensors."""
 
 
 def mark_attributes(modules: Iterable[tuple[str, nn.Module]], ledger: Ledger) -> list[tuple[dict[str, Any], str, Any]]:
