@@ -39,6 +39,14 @@ class Rows(NamedTuple):
     split: bool = True
 
 
+class Product(NamedTuple):
+    """Position ``k`` of merged dims is one position of each, ``factors[k]``: it goes with any of them, and only so."""
+
+    cells: Ids
+    factors: Ids
+    freeze: Freeze
+
+
 class Balance(NamedTuple):
     """The rows of ``ids`` (shape ``(rows, length)``) must keep equally many atoms."""
 
@@ -131,6 +139,7 @@ class Ledger:
         self.step = -1
         self.freezes: list[Freeze] = []
         self.rows_of: list[Rows] = []
+        self.products: list[Product] = []  # dims that a view merged
         self.balances: list[Balance] = []
         self.aligned: list[Balance] = []
         self.requirements: list[Requirement] = []
@@ -265,6 +274,10 @@ class Ledger:
         """``fine[r]`` goes when the existing atom ``coarse[r]`` goes."""
         self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1), split=False))
         self._merged.append((int(fine.min()), int(fine.max()), self.rows_of[-1]))
+
+    def multiply(self, cells: Ids, factors: Ids, reason: str) -> None:
+        """``cells[k]`` goes with each atom of ``factors[k]``, and with nothing that takes none of them."""
+        self.products.append(Product(cells, factors, Freeze(factors.reshape(-1), reason, self.step, True)))
 
     def balance(self, fine: Ids, reason: str) -> None:
         """The rows of ``fine`` (its last axis) must keep equal counts; a row of one position goes as a whole only."""
