@@ -22,6 +22,7 @@ from prunus.ledger import Ledger
 from prunus.meta import MetaFunctionMode, MetaMode, OverwrittenError, no_values, runs_without_data
 from prunus.modes import Event, FunctionMode, Tracer
 from prunus.opaque import Customized, OpaqueTracer, find_customized, stand_in
+from prunus.recall import Recall
 from prunus.sizes import mark_attributes
 from prunus.standins import HollowValueError
 from prunus.untouched import untouched, without_mha_fastpath
@@ -158,12 +159,14 @@ def _trace(
         if own is None
         else OpaqueTracer(ledger, held, index, once, own)
     )
+    recall = Recall((m for _, m in once), forward_fn)
     visible = once if own is None else own.visible(once)
 
     @contextmanager
     def recording() -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(_marked(visible, ledger))
+            stack.enter_context(recall.suspended())
             for context in (way.guard(), without_mha_fastpath(), tracer.following_modules(), *way.modes(tracer)):
                 stack.enter_context(context)
             yield
