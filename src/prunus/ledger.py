@@ -135,6 +135,7 @@ class Ledger:
     """Everything that rules record while a model is traced."""
 
     def __init__(self) -> None:
+        self.keys_allowed = True  # whether sizes that remember their source may be keys of dicts and caches
         self.size = 1  # atom 0 is never handed out: it stands for "frozen"
         self.step = -1
         self.freezes: list[Freeze] = []

@@ -20,6 +20,11 @@ from prunus.held import submodule
 from prunus.labels import Ids, Labelled, in_memory
 from prunus.ledger import Ledger, Number
 
+
+class SizeAsKeyError(BaseException):
+    """The code looks a size up, perhaps in what a function remembers (see recall.py); no ``except Exception`` of it."""
+
+
 SMALLEST = 2  # a size of 1 cannot be pruned, so it is never followed
 _HOUSEKEEPING = frozenset(
     [
@@ -180,6 +185,8 @@ class Size(int):
         return not self == other
 
     def __hash__(self) -> int:
+        if not self.ledger.keys_allowed:
+            raise SizeAsKeyError
         return int.__hash__(self)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
