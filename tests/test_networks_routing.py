@@ -141,8 +141,9 @@ DECODERS: dict[str, dict[str, Any]] = {
     "GraniteMoe": {"num_local_experts": 4},
     "Phimoe": {"num_local_experts": 4},
     "JetMoe": {"num_local_experts": 4, "kv_channels": 8},
+    "GptOss": {"num_local_experts": 4, "head_dim": 8, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
-WHOLE_EXPERTS = {"Mixtral": "num_local_experts", "Qwen3Moe": "num_experts", "Olmoe": "num_experts"}
+WHOLE_EXPERTS = ("Mixtral", "Qwen2Moe", "Qwen3Moe", "Olmoe", "GptOss")
 WAYS = ("eager", "grouped_mm", "batched_mm")
 
 
@@ -179,8 +180,29 @@ def test_whole_experts_go(name, way) -> None:
     result = prunus.prune(model, inputs, prunus.Target(ratio=0.5))
     left = {r.tensor: r.size - len(r.positions) for r in result.plan.removals if r.dim == 0 and ".experts." in r.tensor}
     assert left and set(left.values()) == {2}
-    routers = [m for path, m in model.named_modules() if path.endswith("mlp.gate")]
-    assert routers and all(m.weight.shape[0] == 2 for m in routers)
+    assert router_rows(model) == [2, 2]
+
+
+def router_rows(model: nn.Module) -> list[int]:
+    """How many experts each router knows."""
+    return [len(m.weight) for path, m in model.named_modules() if path.endswith(("mlp.gate", "mlp.router"))]
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", WHOLE_EXPERTS)
+def test_whole_experts_go_where_a_loss_counts_them(name, masked) -> None:
+    """Their balance is computed with their number, which follows; as many stay as each token asks for."""
+    model, inputs = decoder(name, "grouped_mm")
+    inputs = {**inputs, "labels": inputs["input_ids"], "output_router_logits": True}
+    if masked:
+        inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    output = {"output_transform": lambda out: (out.logits, out.loss)}
+    assert prunus.verify(model.eval(), inputs, **output).ok
+    prunus.prune(model, inputs, prunus.Target(ratio=0.9), prune_num_heads=True, **output)
+    assert router_rows(model) == [2, 2]
+    assert model.num_experts == model.num_experts_per_tok == 2
+    model.train()
+    model(**inputs).loss.backward()
 
 
 def test_images_between_tokens() -> None:

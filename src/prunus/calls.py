@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -51,6 +52,19 @@ class PythonCall:
                 todo.extend(value)
             elif isinstance(value, slice):
                 todo += [value.start, value.stop]
+
+    def mapped(self) -> Any | None:
+        """How often `torch.vmap`, which is about to give back a result, repeats it where it is the same each time."""
+        frame: FrameType | None = sys._getframe(1)
+        while frame is not None and frame.f_code.co_name != "_maybe_remove_batch_dim":
+            frame = frame.f_back
+        return frame.f_locals.get("batch_size") if frame is not None else None
+
+    def pointwise(self) -> bool:
+        """Whether the code called a pointwise function, which may look at a number's type but at no position."""
+        packet = getattr(torch.ops.aten, getattr(self.func, "__name__", "").strip("_") or "alias", None)
+        overloads = packet.overloads() if packet is not None else ()
+        return any(torch.Tag.pointwise in getattr(packet, name).tags for name in overloads)
 
     def argument(self, value: int, name: str, position: int) -> Any | None:
         """The int that the code passed as the argument ``name`` (or at ``position``), or None."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -78,6 +78,20 @@ class Held(NamedTuple):
     shape: tuple[int, ...]
     starts: list[int]
     follows: tuple[tuple[int, Held, int, int], ...] | None = None
+
+    def shrinks(self, modules: Mapping[str, nn.Module]) -> bool:
+        """Whether its dims may shrink: numbers do, whole ones where they stand beside a list of others.
+
+        A list of whole numbers is one for each channel (zero points) where its module keeps a list of numbers as long.
+        """
+        if self.tensor.is_floating_point() or self.tensor.is_complex():
+            return True
+        if len(self.shape) != 1 or self.tensor.dtype == torch.bool:
+            return False
+        beside = (
+            t for place in self.places if place.module in modules for _, _, t in own_tensors(modules[place.module])
+        )
+        return any(t.is_floating_point() and t.shape == self.shape for t in beside)
 
     @property
     def name(self) -> str:

@@ -135,6 +135,7 @@ class Ledger:
     """Everything that rules record while a model is traced."""
 
     def __init__(self) -> None:
+        self.keys_allowed = True  # whether sizes that remember their source may be keys of dicts and caches
         self.size = 1  # atom 0 is never handed out: it stands for "frozen"
         self.step = -1
         self.freezes: list[Freeze] = []
@@ -168,7 +169,7 @@ class Ledger:
         self._ties: list[tuple[int, int, int, int, int]] = []
         self._seen: set[tuple[int, int, int, int]] = set()
         self.starts: list[int] = [0]  # first atom of every run handed out
-        self._merged: list[Rows] = []  # those of `rows_of` that an existing atom takes
+        self._merged: list[tuple[int, int, Rows]] = []  # those of `rows_of` that an existing atom takes, least, largest
         self._coarse: dict[tuple[tuple[int, ...], bytes], Ids] = {}
 
     def fresh(self, count: int) -> Ids:
@@ -264,12 +265,17 @@ class Ledger:
         first = rows[:, 0]
         inside = np.zeros(len(rows), dtype=bool)
         known: set[bytes] = set()
-        for item in self._merged:
+        least, largest = int(first.min()), int(first.max())
+        for low, high, item in self._merged:
+            if high < least or low > largest:
+                continue
             here = np.isin(first, item.fine)
             if not here.any():
                 continue
             inside |= here
             known.update(np.sort(row).tobytes() for row in item.fine if len(row) == rows.shape[-1])
+        if not inside.any():
+            return
         foreign = [bool(i) and np.sort(row).tobytes() not in known for i, row in zip(inside, rows, strict=True)]
         if any(foreign):
             self.pin(coarse[np.array(foreign)], "it is a part of two dimensions that were merged, and goes with either")
@@ -277,7 +283,7 @@ class Ledger:
     def belong(self, coarse: Ids, fine: Ids) -> None:
         """``fine[r]`` goes when the existing atom ``coarse[r]`` goes."""
         self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1), split=False))
-        self._merged.append(self.rows_of[-1])
+        self._merged.append((int(fine.min()), int(fine.max()), self.rows_of[-1]))
 
     def multiply(self, cells: Ids, factors: Ids, reason: str) -> None:
         """``cells[k]`` goes with each atom of ``factors[k]``, and with nothing that takes none of them."""

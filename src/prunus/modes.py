@@ -5,7 +5,6 @@ from __future__ import annotations
 import types
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -16,22 +15,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prunus.calls import PythonCall
+from prunus.entries import Entry, entry_of
 from prunus.held import Held, Modules
 from prunus.higher import inside
 from prunus.labels import Dims, Label, Labelled, Numbered, unlabelled
 from prunus.ledger import Ledger
-from prunus.rules import Op, lookup
-from prunus.rules.table import MAKES, MOVES, MULTIPLIES, NEEDS_DTYPES, READS_NUMBERS, SIZED, Rule
+from prunus.rules import Op
+from prunus.rules.table import MOVES, READS_NUMBERS, SIZED
 from prunus.siblings import Siblings
-from prunus.sizes import Size, shape_of
-from prunus.standins import HollowValueError, Standin, decides, deciding, standin_for
+from prunus.sizes import MEASURES, Size, shape_of
+from prunus.standins import HollowValueError, deciding
+from prunus.untouched import put_back
 
 MARK = "_prunus_labels"
 _GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})  # functions whose parts are looked at
 _PLAIN = frozenset({int, float, bool, type(None), str})
 _NUMBERS = frozenset({int, float, bool})  # a list of an op that begins with one holds no tensors
-_COUNTS = frozenset({torch.Tensor.numel, torch.Tensor.nelement, torch.numel})
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.scalar_tensor})
 _READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr})
 
@@ -47,23 +47,15 @@ class Event(NamedTuple):
     results: tuple[Labelled, ...] = ()  # without those of which nothing is known
 
 
-class _Entry(NamedTuple):
-    """What to do with an op, decided once."""
-
-    name: str
-    rule: Rule | None
-    composite: bool
-    writes: tuple[int, ...]  # which of its arguments it changes
-    makes: bool
-    dtypes: bool
-    standin: Standin | None
-    decides: bool
-
-
 class Tracer(TorchDispatchMode):
     """Applies the rule of every op that runs; with ``hollow``, costly kernels give zeros instead (see standins.py)."""
 
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while tracing; torch's guard against it costs microseconds for every op."""
+        return False
 
     def __init__(
         self, ledger: Ledger, held: Sequence[Held], index: dict[int, int], modules: Modules, *, hollow: bool = False
@@ -78,8 +70,8 @@ class Tracer(TorchDispatchMode):
         self.unsupported: dict[str, list[str]] = {}
         self.call = PythonCall(None, (), {})
         self._modules = {id(m): path for path, m in modules}
+        self._by_path = dict(modules)
         self._stack: list[str] = [""]
-        self._entries: dict[int, _Entry] = {}  # by the op's identity: its own hash is slow
         self._known: dict[int, Labelled] = {}
         self._lasting: dict[int, tuple[torch.Tensor, Labelled]] = {}  # written in place: may outlive the run
         self._index = index
@@ -115,8 +107,7 @@ class Tracer(TorchDispatchMode):
             yield
         finally:
             for tensor, values in self._overwritten.values():
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(values)
+                put_back(tensor, values)
 
     def _keep(self, target: Any) -> None:
         """Keep the values of a held tensor that an op is about to overwrite."""
@@ -125,7 +116,8 @@ class Tracer(TorchDispatchMode):
         if not self._storages:
             kept = (h.tensor for h in self.held if not h.tensor.is_meta and h.tensor.layout == torch.strided)
             self._storages = {t.untyped_storage().data_ptr(): t for t in kept if t.numel()}
-        held = self._storages.get(target.untyped_storage().data_ptr())
+        empty = target if target.numel() == 0 and id(target) in self._index else None  # it may grow
+        held = self._storages.get(target.untyped_storage().data_ptr(), empty)
         if held is not None and id(held) not in self._overwritten:
             self._overwritten[id(held)] = (held, held.detach().clone())
 
@@ -151,10 +143,10 @@ class Tracer(TorchDispatchMode):
         return found
 
     def _held_labels(self, index: int) -> Labelled:
-        """Fresh atoms for the dims of a tensor that the model keeps, at its first use; integers get none, they stay."""
+        """Fresh atoms for the dims of a tensor that the model keeps, at its first use; most integers get none."""
         held = self.held[index]
         dims: list[Label | None] = [None] * len(held.shape)
-        if held.tensor.is_floating_point() or held.tensor.is_complex():
+        if held.shrinks(self._by_path):
             for d, size in enumerate(held.shape):
                 if size > 1:
                     held.starts[d] = self.ledger.size
@@ -164,7 +156,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        entry = self._entries.get(id(func)) or self._classify(func)
+        entry = entry_of(func)
         if entry.composite:
             kernel = inside(func)
             with self, nullcontext() if kernel is None else FunctionMode(self):
@@ -190,31 +182,7 @@ class Tracer(TorchDispatchMode):
         if any(self._leaked or self.labels_of(tensor).hollow for tensor in tensors_among((*seen, *named))):
             raise HollowValueError(func.name())
 
-    def _classify(self, func: Any) -> _Entry:
-        if inside(func) is not None:
-            self._entries[id(func)] = entry = _Entry(str(func), None, True, (), False, False, None, False)
-            return entry
-        rule = lookup(func)
-        composite = rule is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        )
-        spelled = func.overloadpacket.__name__
-        name = spelled.rstrip("_") or spelled
-        always = name in MAKES or getattr(rule, "__module__", "") in MULTIPLIES
-        entry = _Entry(
-            name,
-            rule,
-            composite,
-            written(func) if func._schema.is_mutable else (),
-            always,
-            name in NEEDS_DTYPES,
-            standin_for(func),
-            decides(func),
-        )
-        self._entries[id(func)] = entry
-        return entry
-
-    def _record(self, entry: _Entry, func: Any, args: Any, kwargs: Any, result: Any, made_up: bool = False) -> None:
+    def _record(self, entry: Entry, func: Any, args: Any, kwargs: Any, result: Any, made_up: bool = False) -> None:
         inputs: list[Labelled] = []
         lowered = [a if type(a) in _PLAIN else self._lower(a, inputs) for a in args]
         named = {k: self._lower(v, inputs) for k, v in kwargs.items()} if kwargs else {}
@@ -230,7 +198,7 @@ class Tracer(TorchDispatchMode):
         self.ledger.step = len(self.events)
         op = Op(entry.name, self.ledger, inputs, [tuple(r.shape) for r in outputs], self.call)
         if entry.dtypes:
-            op.dtypes = [t.dtype for t in tensors_among((*args, *kwargs.values()))]
+            op.look_at([*tensors_among((*args, *kwargs.values()))])
         found = self._apply(entry, op, lowered, named)
         if self._numbered:
             found = _numbers(op, found)
@@ -241,7 +209,7 @@ class Tracer(TorchDispatchMode):
         sources = tuple([i.source for i in inputs if i.source != -1])
         self.events.append(Event(entry.name, self._stack[-1], sources, tuple(labels), tuple(inputs), results))
 
-    def _pass_over(self, entry: _Entry, inputs: list[Labelled], hollow: Sequence[torch.Tensor]) -> None:
+    def _pass_over(self, entry: Entry, inputs: list[Labelled], hollow: Sequence[torch.Tensor]) -> None:
         """Nothing that the op reads is labelled: the sizes that the code gives it stay."""
         if entry.name in SIZED:
             for size in self.call.named():
@@ -250,7 +218,7 @@ class Tracer(TorchDispatchMode):
             self._mark(tensor, Labelled(tuple(tensor.shape), (None,) * tensor.dim(), hollow=True), entry)
 
     def _hang(
-        self, entry: _Entry, outputs: Sequence[torch.Tensor], labels: Sequence[Dims | None], hollow: bool
+        self, entry: Entry, outputs: Sequence[torch.Tensor], labels: Sequence[Dims | None], hollow: bool
     ) -> tuple[Labelled, ...]:
         """Hang what the rule found on the results; gives that of the results of which something is known."""
         results: list[Labelled] = []
@@ -267,7 +235,7 @@ class Tracer(TorchDispatchMode):
                 self._mark(tensor, Labelled(shape, (None,) * len(shape), hollow=True), entry)
         return tuple(results)
 
-    def _mark(self, tensor: torch.Tensor, labelled: Labelled, entry: _Entry) -> None:
+    def _mark(self, tensor: torch.Tensor, labelled: Labelled, entry: Entry) -> None:
         """Remember what is known of a result."""
         if entry.writes and MARK not in tensor.__dict__:
             self._lasting[id(tensor)] = (tensor, labelled)
@@ -281,7 +249,7 @@ class Tracer(TorchDispatchMode):
                 if type(value) is float:
                     self.ledger.match(value, inputs[0], -1.0 if name == "div" else 1.0)
 
-    def _apply(self, entry: _Entry, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _apply(self, entry: Entry, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """The rule's answer; an op without a rule, or one whose rule fails on it, freezes what flows into it."""
         reason = f"no rule for {entry.name}"
         if entry.rule is not None:
@@ -311,12 +279,6 @@ class Tracer(TorchDispatchMode):
         if isinstance(value, (list, tuple)) and value and type(value[0]) not in _NUMBERS:
             return [self._lower(v, inputs) for v in value]
         return value
-
-
-def written(func: Any) -> tuple[int, ...]:
-    """The places of the arguments that an op changes."""
-    arguments = func._schema.arguments
-    return tuple([k for k, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write])
 
 
 def tensors_among(values: Iterable[Any]) -> Iterator[torch.Tensor]:
@@ -365,9 +327,11 @@ class FunctionMode(TorchFunctionMode):
             shape = shape_of(labelled, tracer.ledger)
             dim = args[1] if len(args) > 1 else kwargs.get("dim")
             return shape if dim is None else shape[dim]
-        if func in _COUNTS:
+        if func in MEASURES:
             labelled = tracer.labels_of(args[0])
-            return prod(shape_of(labelled, tracer.ledger)) if labelled.labelled else func(*args, **kwargs)
+            if labelled.labelled:
+                return MEASURES[func](labelled, tracer.ledger, *args, **kwargs)
+            return func(*args, **kwargs)
         if func in _READS:
             tracer.read(args[0], func.__name__)
         if func in _FROM_NUMBERS:

@@ -8,16 +8,22 @@ was read from a shape), an attribute must be set, or (a plain number in the code
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import nn
 
 from prunus.held import submodule
-from prunus.labels import Ids, Labelled
+from prunus.labels import Ids, Labelled, in_memory
 from prunus.ledger import Ledger, Number
+
+
+class SizeAsKeyError(BaseException):
+    """The code looks a size up, perhaps in what a function remembers (see recall.py); no ``except Exception`` of it."""
+
 
 SMALLEST = 2  # a size of 1 cannot be pruned, so it is never followed
 _HOUSEKEEPING = frozenset(
@@ -179,6 +185,8 @@ class Size(int):
         return not self == other
 
     def __hash__(self) -> int:
+        if not self.ledger.keys_allowed:
+            raise SizeAsKeyError
         return int.__hash__(self)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
@@ -203,6 +211,28 @@ def shape_of(labelled: Labelled, ledger: Ledger) -> torch.Size:
     return torch.Size(
         [n if d is None else Size(n, Extent(d.ids), ledger) for n, d in zip(labelled.shape, labelled.dims, strict=True)]
     )
+
+
+def _numel(labelled: Labelled, ledger: Ledger, tensor: torch.Tensor) -> int:
+    """The number of a tensor's elements, which remembers the sizes of its dims."""
+    return prod(shape_of(labelled, ledger))
+
+
+def _stride(labelled: Labelled, ledger: Ledger, tensor: torch.Tensor, dim: int | None = None) -> Any:
+    """A tensor's strides, each of which remembers the sizes of the dims inside it, if the tensor has no gaps."""
+    found: list[int] = list(tensor.stride())
+    inside, shape = 1, shape_of(labelled, ledger)
+    for d in in_memory(labelled.shape, found) or ():
+        found[d] = inside
+        inside = inside * shape[d]
+    return tuple(found) if dim is None else found[dim]
+
+
+MEASURES: dict[Any, Callable[..., Any]] = {
+    **dict.fromkeys((torch.Tensor.numel, torch.Tensor.nelement, torch.numel), _numel),
+    torch.Tensor.stride: _stride,
+}
+"""Functions that tell how much memory a tensor has and how it lies there: as they are for labelled tensors."""
 
 
 def mark_attributes(modules: Iterable[tuple[str, nn.Module]], ledger: Ledger) -> list[tuple[dict[str, Any], str, Any]]:

@@ -23,7 +23,10 @@ _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 _OWN = frozenset({"aten", "prims"})
 _TAGS = frozenset({torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape})
 _UNTAGGED = frozenset(
-    {aten.where.default, aten.nonzero_numpy.default, aten.segment_reduce.default, aten.ctc_loss.Tensor}
+    {
+        *(aten.where.default, aten.nonzero_numpy.default, aten.segment_reduce.default, aten.ctc_loss.Tensor),
+        aten.as_strided.default,  # zeros may lie in memory in another order than what they stand for
+    }
 )
 _BY_COUNTS = frozenset(
     {

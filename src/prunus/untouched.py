@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["eagerly", "untouched", "without_mha_fastpath"]
+__all__ = ["eagerly", "put_back", "untouched", "without_mha_fastpath"]
 
 _CONTAINERS = frozenset({dict, OrderedDict, list, set})  # hooks are kept in ordered dictionaries
 
@@ -95,8 +95,15 @@ class _Memory:
             value.extend(before) if isinstance(value, list) else value.update(before)
         for tensor, values in self._tensors:
             if not torch.equal(tensor, values):  # versions do not tell: inference mode does not count writes
-                with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-                    tensor.copy_(values)
+                put_back(tensor, values)
+
+
+def put_back(tensor: Tensor, values: Tensor) -> None:
+    """Give a tensor the values, and the shape, that it had."""
+    with torch.inference_mode(tensor.is_inference()), torch.no_grad():
+        if tensor.shape != values.shape:
+            tensor.resize_(values.shape)
+        tensor.copy_(values)
 
 
 @contextmanager

@@ -155,14 +155,17 @@ _MEANS = {
 
 
 def _disturbed(coupling: Coupling, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """Copies of all used float tensors in which no two entries are alike, and none is all but zero; signs stay.
+    """Copies of all used tensors in which no two numbers are alike, and none is all but zero; signs stay.
 
     What a layer scale of 1e-6 multiplies would not be seen in the outputs, whatever happens to it.
     """
     values = {}
     for held in coupling.trace.held:
         tensor = held.tensor.detach()
-        if not (tensor.is_floating_point() or tensor.is_complex()) or all(s < 0 for s in held.starts):
+        if all(s < 0 for s in held.starts):
+            continue
+        if not (tensor.is_floating_point() or tensor.is_complex()):
+            values[held.name] = tensor
             continue
         noise = torch.randn(tensor.shape, generator=generator, dtype=torch.float64).clamp(-3, 3).to(tensor)
         largest = float(tensor.abs().max()) if tensor.numel() else 0.0

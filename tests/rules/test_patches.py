@@ -25,7 +25,14 @@ GOLDEN = [
         id="col2im",
     ),
     pytest.param(lambda a: a.unfold(1, 2, 1), [(3, 4)], "a0, -, - ; a1!", id="unfold"),
-    pytest.param(lambda a: a.as_strided((3, 2), (1, 3)), [(2, 3)], "-, - ; a0! ; a1!", id="as_strided"),
+    pytest.param(lambda a: a.as_strided((3, 2), (1, 3)), [(2, 3)], "a1, a0", id="as_strided"),
+    pytest.param(lambda a: a.as_strided((2, 2, 3), (6, 3, 1)), [(4, 3)], "-, -, a1 ; a0!", id="as_strided-cut"),
+    pytest.param(lambda a: a.as_strided((3, 2, 3), (3, 3, 1)), [(4, 3)], "-, -, a1 ; a0!", id="as_strided-windows"),
+    pytest.param(lambda a: a.as_strided((4, 2), (3, 1)), [(4, 3)], "a0, - ; a1!", id="as_strided-part"),
+    pytest.param(lambda a: a.as_strided((4, 3), (3, 0)), [(4, 3)], "-, - ; a0! ; a1!", id="as_strided-repeat"),
+    pytest.param(lambda a: a.as_strided((3,), (4,)), [(4, 3)], "- ; a0! ; a1!", id="as_strided-diagonal"),
+    pytest.param(lambda a: a[:, 1:].as_strided((4, 2), (3, 1)), [(4, 3)], "-, - ; a0! ; a1=a1?!", id="as_strided-gap"),
+    pytest.param(lambda a: a[1:].as_strided((3, 3), (3, 1), 0), [(4, 3)], "-, - ; a0=a0?! ; a1!", id="as_strided-at-0"),
     pytest.param(lambda a: torch.rot90(a, 1, (1, 2)), [(2, 3, 4)], "a0, -, - ; a1! ; a2!", id="rot90"),
     pytest.param(
         lambda a, b: F.grid_sample(a, b, align_corners=False),
@@ -94,6 +101,31 @@ def local_attention(s, x):
     near = F.unfold(y, 3, padding=1).view(b, c, 9, h * w)
     score = (y.flatten(2).unsqueeze(2) * near).sum(1, keepdim=True).softmax(2)
     return s.q((score * near).sum(2).view(b, c, h, w))
+
+
+def sliding(s, x, literal=False):
+    """Attention within windows that overlap by half, seen in the memory of the whole sequence; its heads come first."""
+    b, t, _ = x.shape
+    q, k, v = (
+        f(x).view(b, t, s.heads, -1).transpose(1, 2).reshape(b * s.heads, t // 4, 4, -1) for f in (s.q, s.k, s.v)
+    )
+
+    def windows(y):
+        size, stride = list(y.shape), [96, 16, 8, 1] if literal else list(y.stride())
+        size[1] = size[1] * 2 - 1
+        stride[1] = 2 * stride[2] if literal else stride[1] // 2
+        return y.as_strided(size, stride)
+
+    y = ((windows(q) @ windows(k).transpose(-1, -2)).softmax(-1) @ windows(v))[:, ::2]
+    return s.o(y.reshape(b, s.heads, t, -1).transpose(1, 2).flatten(2))
+
+
+@pytest.mark.parametrize(("batch", "literal", "bundles"), [(2, False, 16), (1, False, 16), (2, True, 2)])
+def test_windows_slide_over_a_sequence(oracle, networks, batch, literal, bundles) -> None:
+    """Widths pass where the strides are computed from the tensor, also if its dims lie in memory in another order."""
+    layers = {name: nn.Linear(6, 16) for name in "qkv"}
+    model = networks.Net(lambda s, x: sliding(s, x, literal), **layers, o=nn.Linear(16, 4), heads=2)
+    assert oracle(model, torch.randn(batch, 12, 6)).bundles == bundles
 
 
 def warp(s, x):

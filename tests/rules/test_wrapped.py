@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.utils import parametrizations, parametrize
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
@@ -237,7 +237,52 @@ def test_flex_attention_is_looked_into(oracle) -> None:
     """The function between scores and softmax is traced too: heads and head dims go as in any other attention."""
     found = oracle(Flexible(), TOKENS)
     assert found.frozen == {"q.weight:1", "kv.weight:1", "out.weight:0", "out.bias:0"}
-    assert (found.groups, found.model.heads) == (2, 4)
+    assert (found.groups, found.model.heads) == (3, 4)
+
+
+class MaskedFlexible(nn.Module):
+    """The same under a mask that knows no heads, some of which a slope of their own may bend."""
+
+    def __init__(self, padded: bool, sloped: bool) -> None:
+        super().__init__()
+        self.heads, self.shared, self.padded = 4, 2, padded
+        self.slopes = nn.Parameter(torch.rand(4)) if sloped else None
+        self.q, self.kv, self.out = nn.Linear(6, 24), nn.Linear(6, 24), nn.Linear(24, 5)
+
+    def forward(self, x):
+        n, t, _ = x.shape
+        lengths = torch.tensor([t, t - 1], device=x.device)
+        q = self.q(x).view(n, t, self.heads, -1).transpose(1, 2)
+        k, v = self.kv(x).view(n, t, 2, self.shared, -1).permute(2, 0, 3, 1, 4)
+
+        def seen(b, h, i, j):
+            return (i >= j) & (j < lengths[b]) if self.padded else i >= j
+
+        def bent(score, b, h, i, j):
+            return score + (i - j) * self.slopes[h]
+
+        mask = create_block_mask(seen, n if self.padded else None, None, t, t, device=str(x.device))
+        y = flex_attention(q, k, v, bent if self.slopes is not None else None, mask, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(n, t, -1))
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("sloped", [False, True])
+def test_heads_go_under_a_mask_that_knows_no_heads(oracle, padded, sloped) -> None:
+    """What a vectorised function gives for all heads alike follows their number."""
+    found = oracle(MaskedFlexible(padded, sloped), TOKENS)
+    assert found.frozen == {"q.weight:1", "kv.weight:1", "out.weight:0", "out.bias:0"}
+    model = MaskedFlexible(padded, sloped)
+    tp.prune(model, TOKENS, tp.Target(ratio=0.5), prune_num_heads=True, prune_head_dims=False)
+    assert (model.heads, model.shared, model.q.out_features) == (2, 1, 12)
+
+
+def test_what_is_mapped_over_a_width_follows_it(oracle, networks) -> None:
+    def forward(s, x):
+        y = s.p(x)
+        return y * torch.vmap(lambda row: x.mean(), in_dims=-1)(y) * torch.vmap(lambda w: 1 - w * x.sum())(s.w)
+
+    assert oracle(around(networks, forward, w=nn.Parameter(torch.randn(8))), TOKENS).bundles == 8
 
 
 class Branching(nn.Module):
@@ -284,8 +329,90 @@ def test_an_op_that_writes_to_several_tensors_leaves_them_as_they_were(model_sta
     assert len(graph.get_pruning_group(model.first, tp.prune_linear_out_channels, [1])) > 1
 
 
-def test_channels_with_whole_zero_points_stay_and_the_cure_is_told() -> None:
-    report = tp.verify(Observed(per_channel=True).eval(), TOKENS)
+def test_ranges_of_channels_follow_them() -> None:
+    """Scales and zero points, which are whole numbers, are of the channels that are left."""
+    model = Observed(per_channel=True).eval()
+    report = tp.verify(model, TOKENS)
+    assert report.ok
+    assert report.groups == 1
+    tp.prune(model, TOKENS, tp.Target(ratio=0.5))
+    assert [len(t) for t in (model.first.bias, model.low, model.high, model.scale, model.zero)] == [4, 4, 4, 4, 4]
+    model(TOKENS).sum().backward()
+
+
+class Apart(Observed):
+    """The zero points are kept by another module than the scales."""
+
+    def __init__(self) -> None:
+        super().__init__(per_channel=True)
+        del self.zero
+        self.zeros = nn.Module()
+        self.zeros.register_buffer("zero", torch.zeros(8, dtype=torch.int))
+
+    def forward(self, x):
+        weight = torch.fake_quantize_per_channel_affine(self.first.weight, self.scale, self.zeros.zero, 0, -128, 127)
+        return self.last(F.linear(x, weight, self.first.bias))
+
+
+def test_channels_with_zero_points_of_their_own_stay_and_the_cure_is_told() -> None:
+    report = tp.verify(Apart().eval(), TOKENS)
     assert report.prunable_share == 0
     assert "prune before preparing quantisation" in report.frozen
     assert not report.unsupported
+
+
+def prepared(run: bool, on: bool, fused: bool) -> nn.Module:
+    """A model as torch prepares it for training that knows it will be quantised, with a range for each channel."""
+    from torch.ao import quantization
+
+    convs = [(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU()), (nn.Conv2d(8, 12, 3), nn.BatchNorm2d(12), nn.ReLU())]
+    pooled = nn.AdaptiveAvgPool2d(1), nn.Flatten(1), nn.Linear(12, 4)
+    model = nn.Sequential(*(layer for conv in convs for layer in conv), *pooled)
+    model = nn.Sequential(quantization.QuantStub(), *model, quantization.DeQuantStub()).train()
+    model.qconfig = quantization.get_default_qat_qconfig("x86", version=1 if fused else 0)
+    quantization.fuse_modules_qat(model, [["1", "2", "3"], ["4", "5", "6"]], inplace=True)
+    quantization.prepare_qat(model, inplace=True)
+    if run:
+        model(IMAGE)
+    if not on:
+        model.apply(quantization.disable_observer)
+    return model
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    ("run", "on", "fused"), [(True, True, True), (True, True, False), (True, False, False), (False, True, True)]
+)
+def test_a_model_prepared_for_quantisation_is_pruned_trained_and_converted(
+    run, on, fused, model_state, states_equal
+) -> None:
+    """Its observers see the channels that are left, also before they have seen anything; then torch quantises it."""
+    from torch.ao import quantization
+
+    model = prepared(run, on, fused).eval()
+    before = model_state(model)
+    report = tp.verify(model, IMAGE)
+    assert report.ok
+    assert report.prunable_share > 0.9
+    assert states_equal(before, model_state(model))
+    tp.prune(model, IMAGE, tp.Target(ratio=0.5)).undo()
+    assert states_equal(before, model_state(model))
+    tp.prune(model, IMAGE, tp.Target(ratio=0.5))
+    model.train()(IMAGE).square().mean().backward()
+    sizes = [len(t) for name, t in model.named_buffers() if name.endswith("weight_fake_quant.zero_point")]
+    assert sizes == [4, 6, 4]
+    if on:  # ranges that the run does not read keep their sizes
+        assert quantization.convert(model.eval())(IMAGE).shape == (2, 4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_observers_that_count_values_keep_nothing() -> None:
+    from torch.ao import quantization
+
+    model = nn.Sequential(quantization.QuantStub(), nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    model.qconfig = quantization.get_default_qconfig("x86")
+    quantization.prepare(model, inplace=True)
+    model(TOKENS)
+    assert tp.verify(model, TOKENS).ok
+    tp.prune(model, TOKENS, tp.Target(ratio=0.5))
+    assert model[1].out_features == 4

@@ -241,6 +241,8 @@ def _sequences() -> Table:
     for kind in ("Bart", "MBart", "Pegasus", "M2M100", "BlenderbotSmall", "Blenderbot"):
         found[kind.lower()] = _make(kind, generate, SEQ2SEQ, _both)
     found["bart_classifier"] = _make("Bart", "ForSequenceClassification", SEQ2SEQ, lambda: {"input_ids": _ended()})
+    windows = {"attention_window": 4, "max_encoder_position_embeddings": 40, "max_decoder_position_embeddings": 40}
+    found["led"] = _make("LED", generate, {**SEQ2SEQ, **windows}, _both)
     found["marian"] = _make("Marian", "MTModel", SEQ2SEQ, _both)
     spoken = {**SEQ2SEQ, **audio}
     found["whisper"] = _make(

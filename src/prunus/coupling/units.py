@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from prunus.coupling.pieces import Pieces, reachable, stretches
 from prunus.coupling.products import breaking
-from prunus.labels import Ids
+from prunus.labels import Ids, marks
 from prunus.ledger import Freeze, Ledger
 
 _NONE: Ids = np.empty(0, dtype=np.int64)
@@ -89,10 +89,9 @@ class Units:
     def taker_mark(self) -> Ids:
         """For each piece a number that is equal where the same coarse units take it (0: none does)."""
         mark = np.zeros(len(self.pieces.start), dtype=np.int64)
-        random = np.random.default_rng(0).integers(1, 2**62, size=len(self.base), dtype=np.int64)
+        random = marks(len(self.base), 0).view(np.int64)
         free = self.free[self.taker]
-        with np.errstate(over="ignore"):
-            np.add.at(mark, self.taken[free], random[self.taker[free]])
+        np.add.at(mark, self.taken[free], random[self.taker[free]])
         return mark
 
     @cached_property

@@ -51,6 +51,8 @@ def select_one(x: Labelled, dim: int, position: int) -> Dims:
 def select(op: Op, x: Labelled, dim: int, index: int) -> Dims:
     """One position of a dim, read by its number: the dim's positions may not move."""
     dim %= x.ndim
+    if x.ndim == 1 and x.dims[0] is not None and op.call.pointwise():  # vectorised, for the type of one number
+        return ()
     _counted(op, x.dims[dim], f"{op.name} reads it by position")
     return select_one(x, dim, index % x.shape[dim])
 

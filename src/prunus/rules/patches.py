@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from prunus.labels import Dims, Label, Labelled
+from prunus.labels import Dims, Label, Labelled, in_memory
 from prunus.rules.joins import fix, take
 from prunus.rules.table import Op, rule
 from prunus.rules.views import move, reshape
@@ -60,8 +60,96 @@ def unfold(op: Op, x: Labelled, dimension: int, size: int, step: int) -> Dims:
     return (*fix(op, x, (dimension,) if x.ndim else (), f"{op.name} slides over it").dims, None)
 
 
-@rule(aten.as_strided, aten.as_strided_scatter)
-def as_strided(op: Op, x: Labelled, *args: Any) -> Dims:
+@rule(aten.as_strided)
+def as_strided(
+    op: Op, x: Labelled, size: Sequence[int], stride: Sequence[int], storage_offset: int | None = None
+) -> Dims:
+    """Dense memory read by strides: labelled dims that are read as they lie pass, over the others windows may slide."""
+    strides, offset = op.layouts[0]
+    order = in_memory(x.shape, strides)
+    if not order or not (storage_offset is None or storage_offset == offset == 0):
+        return by_address(op, x)
+    x = fix(op, x, _slid_over(x, strides, order, size, stride), f"windows slide over it ({op.name})")
+    walks = _walks(x, strides, order, size, stride)
+    if walks is None:
+        return by_address(op, x)
+    where = {d: k for k, (d, _) in enumerate(walks) if d is not None}
+    labels = [x.dims[d] if d is not None else None for d, _ in walks]
+    dims = tuple(label.rename(where) if label is not None else None for label in labels)
+    op.require_sizes(size, dims)
+    for asked, step, n, (_, base) in zip(op.call.sizes(stride) or stride, stride, size, walks, strict=True):
+        if n != 1:
+            _require_stride(op, x, asked, step // base, [d for d in order if strides[d] < base])
+    return dims
+
+
+class _Walk(NamedTuple):
+    """What a dim of a strided view walks along: a dim of the tensor (None: dims that stay), and where that starts."""
+
+    dim: int | None
+    base: int
+
+
+def _slid_over(
+    x: Labelled, strides: Sequence[int], order: Sequence[int], size: Sequence[int], stride: Sequence[int]
+) -> list[int]:
+    """The dims over which a strided view walks otherwise than from their first position to their last one."""
+    exact = {(strides[d], x.shape[d]) for d in order}
+    steps = [(step, n) for step, n in zip(stride, size, strict=True) if n != 1 and (step, n) not in exact]
+    return [d for d in order if any(strides[d] * x.shape[d] > s and strides[d] <= (n - 1) * s for s, n in steps)]
+
+
+def _walks(
+    x: Labelled, strides: Sequence[int], order: Sequence[int], size: Sequence[int], stride: Sequence[int]
+) -> list[_Walk] | None:
+    """What each dim of a strided view walks along; None if one reads a part of what may shrink, or leaves its dim."""
+    labels = {d: label for d in order if (label := x.dims[d]) is not None}
+    whole = {strides[d]: d for d in order if d in labels or any(d in label.context for label in labels.values())}
+    last, length = _runs_that_stay(x, strides, order, whole)
+    walks: list[_Walk] = []
+    for n, step in zip(size, stride, strict=True):
+        base = max((b for b in length if b <= step), default=0)
+        if n == 1:
+            walks.append(_Walk(None, step))
+        elif step in whole and n == x.shape[whole[step]]:
+            walks.append(_Walk(whole.pop(step), step))
+        elif base and step % base == 0:
+            last[base] += (n - 1) * (step // base)
+            walks.append(_Walk(None, base))
+        else:
+            return None
+    inside = all(last[base] < length[base] for base in length)
+    return walks if inside and not whole else None
+
+
+def _runs_that_stay(
+    x: Labelled, strides: Sequence[int], order: Sequence[int], whole: dict[int, int]
+) -> tuple[dict[int, int], dict[int, int]]:
+    """By the stride of each run of dims that stay and lie together: 0, and how many positions it has."""
+    length: dict[int, int] = {}
+    base = 0
+    for d in order:
+        base = 0 if strides[d] in whole else base or strides[d]
+        if base:
+            length[base] = strides[d] * x.shape[d] // base
+    return dict.fromkeys(length, 0), length
+
+
+def _require_stride(op: Op, x: Labelled, asked: Any, times: int, inside: Sequence[int]) -> None:
+    """The code steps by ``asked``, which must stay so many times the dims ``inside`` (innermost first)."""
+    if all(x.dims[d] is None for d in inside):
+        op.require_same(asked)
+        return
+    order = [*(d for d in range(x.ndim) if d not in inside), *reversed(inside)]
+    turned = Labelled(tuple(x.shape[d] for d in order), move(x, order))
+    outside = turned.shape[: x.ndim - len(inside)]
+    label = reshape(op, turned, (*outside, prod(turned.shape[len(outside) :])))[-1]
+    if label is not None:
+        op.require(asked, np.tile(label.ids, times))
+
+
+@rule(aten.as_strided_scatter)
+def by_address(op: Op, x: Labelled, *args: Any) -> Dims:
     """Memory read by addresses: nothing may move."""
     for tensor in op.inputs:
         op.freeze(tensor.dims, f"{op.name} reads its memory by address")
@@ -69,8 +157,11 @@ def as_strided(op: Op, x: Labelled, *args: Any) -> Dims:
 
 
 @rule(aten.resize, aten.resize_, aten.resize_as_, aten.set_)
-def resize(op: Op, x: Labelled, *args: Any) -> Dims:
-    """The memory seen with other sizes."""
+def resize(op: Op, x: Labelled, size: Any = None, *args: Any, **kwargs: Any) -> Dims:
+    """The memory seen with other sizes; with the sizes that it has, nothing changes."""
+    if op.name == "resize" and isinstance(size, (list, tuple)) and op.shape == x.shape and not x.numbers:
+        op.require_sizes(size, x.dims)
+        return x.dims
     for tensor in op.inputs:
         op.freeze(tensor.dims, f"{op.name} lays its memory out anew")
     return (None,) * len(op.shape)

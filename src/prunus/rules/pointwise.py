@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -137,7 +138,18 @@ def _combine_dim(op: Op, size: int, parts: list[tuple[Labelled, int]]) -> Label 
     return found
 
 
-WHOLE_NUMBERS = "each of its channels has a zero point, which is a whole number; prune before preparing quantisation"
+WHOLE_NUMBERS = "each channel has a zero point that stands beside no scales; prune before preparing quantisation"
+
+
+def _quantized(op: Op, x: Labelled, axis: int, vectors: Iterable[Labelled]) -> Dims | list[Dims | None]:
+    """``x``, whose channels each have a number of every vector."""
+    label = x.dims[axis]
+    for vector in vectors:
+        if vector.ndim == 1 and vector.shape[0] > 1:
+            label = op.couple(label, vector.dims[0], WHOLE_NUMBERS)
+    axis %= x.ndim
+    dims = (*x.dims[:axis], label, *x.dims[axis + 1 :])
+    return dims if len(op.shapes) == 1 else [dims, dims]
 
 
 @rule(aten.fake_quantize_per_channel_affine, aten.fake_quantize_per_channel_affine_cachemask)
@@ -145,16 +157,12 @@ def quantize_channels(
     op: Op, x: Labelled, scale: Labelled, zero_point: Labelled, axis: int, *args: Any
 ) -> Dims | list[Dims | None]:
     """Each channel has a scale and a zero point of its own."""
-    label = x.dims[axis]
-    for vector in (scale, zero_point):
-        label = op.couple(label, vector.dims[0], WHOLE_NUMBERS) if vector.shape[0] > 1 else label
-    dims = (*x.dims[:axis], label, *x.dims[axis:][1:])
-    return dims if len(op.shapes) == 1 else [dims, dims]
+    return _quantized(op, x, axis, (scale, zero_point))
 
 
 @rule(aten._fused_moving_avg_obs_fq_helper, aten.fused_moving_avg_obs_fake_quant)
-def observe_and_quantize(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
+def observe_and_quantize(
+    op: Op, x: Labelled, on: Labelled, quantizes: Labelled, *args: Any, **kwargs: Any
+) -> Dims | list[Dims | None]:
     """Quantisation with ranges that the op itself observes: of the whole tensor, or of each channel."""
-    ranges = [t for t in op.inputs[1:] if max(t.shape, default=1) > 1]
-    op.freeze((d for t in (x, *ranges) if ranges for d in t.dims), WHOLE_NUMBERS)
-    return x.dims if len(op.shapes) == 1 else [x.dims, x.dims]
+    return _quantized(op, x, args[7], args[:4])

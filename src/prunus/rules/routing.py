@@ -108,12 +108,22 @@ def one_hot(op: Op, x: Labelled, num_classes: int = -1) -> Dims | list[Dims | No
 def count(op: Op, x: Labelled, *args: Any, **kwargs: Any) -> Dims | list[Dims | None]:
     """How often each position is numbered: a dim with these positions."""
     label = x.numbers
+    if label is None and op.name == "histc":
+        return _spread(op, x)
     if label is None or label.ids.shape != op.shape or len(op.inputs) > 1 or not _counts_all(op, label, args, kwargs):
         return by_position(op, *op.inputs)
     counts = op.ledger.fresh(label.size)
     op.ledger.tie(counts, label.ids)
     op.ledger.mean(counts, "counts", label.ids)
     return (Label(counts),)
+
+
+def _spread(op: Op, x: Labelled) -> Dims:
+    """How many values there are in each bin: like any reduction over all dims."""
+    for d in range(x.ndim):
+        op.averages(x.dims[d])
+        x = Labelled(x.shape, without_context(op, x, d))
+    return (None,) * len(op.shape)
 
 
 def _counts_all(op: Op, label: Label, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -127,10 +137,10 @@ def _counts_all(op: Op, label: Label, args: tuple[Any, ...], kwargs: dict[str, A
     low, last = (*args[1:], None, None)[:2]
     low, last = kwargs.get("min", low), kwargs.get("max", last)
     last = op.call.argument(int(last), "max", 3) if isinstance(last, (int, float)) else None
-    if bins is None or last is None or low != 0 or last != label.size - 1:
+    if bins is None or last is None or low != 0 or label.size - last not in (0, 1):
         return False
     op.require(bins, label.ids)
-    op.require(last + 1, label.ids)
+    op.require(last if last == label.size else last + 1, label.ids)
     return True
 
 

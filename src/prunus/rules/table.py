@@ -38,8 +38,8 @@ F = TypeVar("F", bound=Rule)
 _TABLE: dict[OpOverload | OpOverloadPacket | str, Rule] = {}
 _REPLACED: dict[OpOverload | OpOverloadPacket | str, list[Rule]] = {}
 
-NEEDS_DTYPES = frozenset(["index", "index_put", "_grouped_mm"])
-"""Ops that mean something else for masks than for numbers, or whose widths are limited by the size of an element."""
+NEEDS_DTYPES = frozenset(["index", "index_put", "_grouped_mm", "as_strided"])
+"""Ops that mean another thing for masks than for numbers, are limited by the size of an element, or read memory."""
 
 MOVES = frozenset(
     [
@@ -93,6 +93,12 @@ class Call(Protocol):
     def argument(self, value: int, name: str, position: int) -> Any | None:
         """The int that the code passed as the argument ``name`` (or at ``position``), or None."""
 
+    def mapped(self) -> Any | None:
+        """How often a vectorised function repeats what does not depend on the dim over which it is mapped, or None."""
+
+    def pointwise(self) -> bool:
+        """Whether the code called a pointwise function, which may look at a number's type but at no position."""
+
     def bounds(self, start: int, end: int, size: int) -> tuple[Any, Any] | None:
         """Start and end of the slice that the code wrote (None where left out), or None if it wrote none."""
 
@@ -103,7 +109,7 @@ class Call(Protocol):
 class Op:
     """One call of an ATen op, as a rule sees it."""
 
-    __slots__ = ("call", "dtypes", "inputs", "ledger", "name", "shapes")
+    __slots__ = ("call", "dtypes", "inputs", "layouts", "ledger", "name", "shapes")
 
     def __init__(
         self,
@@ -119,6 +125,12 @@ class Op:
         self.shapes = shapes
         self.call = call
         self.dtypes: list[torch.dtype] = []  # of ``inputs``; only for the ops in NEEDS_DTYPES
+        self.layouts: list[tuple[tuple[int, ...], int]] = []  # strides and offset of those; likewise
+
+    def look_at(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Note the dtypes of the op's inputs, and how they lie in memory."""
+        self.dtypes = [t.dtype for t in tensors]
+        self.layouts = [(t.stride(), int(t.storage_offset())) for t in tensors if t.layout is torch.strided]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -234,7 +246,7 @@ def rule(*ops: Any, override: bool = False) -> Callable[[F], F]:
             if op in _TABLE:
                 _REPLACED.setdefault(op, []).append(_TABLE[op])
             _TABLE[op] = function
-        _lookup_cache.clear()
+        _forget()
         return function
 
     return register
@@ -254,7 +266,13 @@ def remove_rule(*ops: Any) -> None:
         del _TABLE[op]
         if _REPLACED.get(op):
             _TABLE[op] = _REPLACED[op].pop()
+    _forget()
+
+
+def _forget() -> None:
+    """The table has changed."""
     _lookup_cache.clear()
+    derived.clear()
 
 
 def _registered(op: Any) -> OpOverload | OpOverloadPacket | str:
@@ -270,6 +288,8 @@ def _registered(op: Any) -> OpOverload | OpOverloadPacket | str:
 
 
 _lookup_cache: dict[OpOverload, Rule | None] = {}
+derived: dict[int, Any] = {}
+"""What others found out about ops with the help of the table, by the op's identity; emptied when the table changes."""
 
 
 def lookup(op: OpOverload) -> Rule | None:

@@ -95,7 +95,13 @@ def expand(op: Op, x: Labelled, size: Sequence[int] | Labelled, *, implicit: boo
             model = size.dims[k]
             dims[k] = _repeated(op, model) if model is not None else None
         return as_wide_as(op, tuple(dims), size, skip=grown)
-    labels = sized(op, shape, dims, grown)
+    mapped = op.call.mapped() if len(grown) == 1 else None
+    if isinstance(mapped, int) and type(mapped) is not int and mapped == shape[grown[0]]:
+        label = dims[grown[0]] = Label(op.ledger.fresh(shape[grown[0]]))
+        op.require(mapped, label.ids)
+        labels: Dims = tuple(dims)
+    else:
+        labels = sized(op, shape, dims, grown)
     op.ledger.uniform.update(id(d.ids) for k in grown if (d := labels[k]) is not None)
     return labels
 
@@ -231,13 +237,11 @@ def _merged(op: Op, x: Labelled, block: Block, labelled: list[int]) -> _Leaf:
 
 
 def _apart(x: Labelled, labelled: Sequence[int]) -> bool:
-    """Whether the first of some dims is independent of all others, two or more, which one label describes together."""
+    """Whether the first of some dims is independent of all others, which one label describes together."""
     labels = {d: label for d in labelled if (label := x.dims[d]) is not None}
     first, *rest = labelled
     together = any(set(rest) <= {d, *labels[d].context} for d in rest)
-    return (
-        len(rest) > 1 and together and not labels[first].context and all(first not in labels[d].context for d in rest)
-    )
+    return together and not labels[first].context and all(first not in labels[d].context for d in rest)
 
 
 def _tie_foreign_order(op: Op, x: Labelled, label: Label, dim: int, block: Block) -> None:
