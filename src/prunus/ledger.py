@@ -237,15 +237,6 @@ class Ledger:
         """These atoms cannot be chosen by themselves, but may go with a row that holds them."""
         self.freezes.append(Freeze(ids, reason, self.step, False))
 
-    def stays(self, ids: Ids) -> bool:
-        """Whether a freeze so far keeps all of these atoms, or a part of each row that they take."""
-        frozen = np.zeros(self.size, dtype=bool)
-        for item in self.freezes:
-            frozen[item.ids] |= item.hard
-        for rows in self.rows_of:
-            frozen[rows.coarse] |= frozen[rows.fine].any(axis=1)
-        return bool(frozen[ids].all())
-
     def rows(self, fine: Ids) -> Ids:
         """One coarse atom for each row of ``fine`` (its last axis); the same rows always get the same atoms."""
         key = (fine.shape, fine.tobytes())

@@ -255,7 +255,7 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
     """Independent dims merged: each takes its rows of the product; a dim that only repeats the others has to stay."""
     reason = f"{op.name} merges it with another dimension"
     labels = {d: label for d in labelled if (label := x.dims[d]) is not None}
-    fixed = [d for d, label in labels.items() if op.ledger.stays(label.ids)]
+    fixed = [d for d, label in labels.items() if _stays(op, label)]
     if 0 < len(fixed) < len(labels):
         return _product(op, x, [d for d in labelled if d not in fixed])
     repeats = [d for d, label in labels.items() if id(label.ids) in op.ledger.uniform]
@@ -279,6 +279,16 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
             factors[..., k].transpose(*known, *rest)[...] = label.ids.reshape(*label.ids.shape, *[1] * len(rest))
         op.ledger.multiply(atoms, factors.reshape(len(atoms), -1), f"{reason}, of which it would take a part")
     return _Leaf(grid, tuple(labelled[:-1]), labelled[-1])
+
+
+def _stays(op: Op, label: Label) -> bool:
+    """Whether a freeze so far keeps a whole dim, or a part of each row that its positions take."""
+    frozen = np.zeros(op.ledger.size, dtype=bool)
+    for item in op.ledger.freezes:
+        frozen[item.ids] |= item.hard
+    for rows in op.ledger.rows_of:
+        frozen[rows.coarse] |= frozen[rows.fine].any(axis=1)
+    return bool(frozen[label.ids].all())
 
 
 def _split(
