@@ -27,7 +27,7 @@ LEVELS = [
     {"errors", "labels", "ledger", "higher", "distributed", "_version"},
     {"rules"},
     {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"}
-    | {"swapping", "solving"},
+    | {"swapping", "solving", "entries", "recall"},
     {"coupling"},
     {"drops", "following", "plan"},
     {"surgery", "mirrors", "containers", "handlers", "cost", "calibration", "importance", "functions", "ops"},

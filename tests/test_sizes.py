@@ -190,6 +190,22 @@ def test_sizes_follow_wherever_they_are_kept(oracle, read, attributes, after, ex
     assert model(X).shape == (3, 4)
 
 
+class HandsOutConfig(Sized):
+    """Its configuration is a property."""
+
+    @property
+    def config(self):
+        return self.hidden
+
+
+def test_sizes_follow_in_a_config_that_is_a_property(oracle) -> None:
+    model = HandsOutConfig(lambda m: m.config.c, hidden=SimpleNamespace(c=8))
+    oracle(model, X)
+    prunus.prune(model, X, prunus.Target(ratio=0.5))
+    assert type(model.config.c) is int
+    assert model.config.c == 4
+
+
 def test_literal_size_freezes_and_names_the_line() -> None:
     """A number in the code keeps the dim, and the reason gives file, line and the cure."""
 

@@ -201,9 +201,7 @@ class DependencyGraph(Familiar):
         """The sides of layers that ``units`` cut, in the order in which the model uses them."""
         coupling = coupling or self.coupling
         by_dim = self.sides.by_dim
-        slices = [
-            s for k in np.unique(coupling.group_of_unit[units]).tolist() if k >= 0 for s in coupling.groups[k].slices
-        ]
+        slices = (s for _, group in coupling.groups_of(units) for s in group.slices)
         return [side for s in slices if (side := by_dim.get((s.held, s.dim))) is not None]
 
     def _side(self, module: Any, fn: Callable[..., Any]) -> Side:

@@ -196,10 +196,9 @@ class Group:
         coupling, alive = self._coupling, self._alive
         kinds = coupling.group_of_unit[self.units]
         found = []
-        for k in np.unique(kinds[kinds >= 0]).tolist():
+        for k, group in coupling.groups_of(self.units):
             places = np.flatnonzero(kinds == k)
-            members = members_of(coupling, alive, coupling.groups[k], self.units[places])
-            found.append((torch.from_numpy(places), members))
+            found.append((torch.from_numpy(places), members_of(coupling, alive, group, self.units[places])))
         return found
 
     @cached_property

@@ -50,6 +50,35 @@ def first_row(ids: Ids) -> Ids:
     return ids if ids.ndim == 1 else ids.reshape(-1, ids.shape[-1])[0]
 
 
+def marks(count: int, seed: int) -> NDArray[np.uint64]:
+    """Numbers that look random and are the same each time: sums of different ones of them are different.
+
+    Source: the finaliser of SplitMix64 (Steele, Lea and Flood 2014).
+    """
+    found = np.arange(1 + (seed << 32), 1 + (seed << 32) + count, dtype=np.uint64)
+    found *= np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        found ^= found >> np.uint64(shift)
+        found *= np.uint64(factor)
+    return found ^ (found >> np.uint64(31))
+
+
+def distinct(ids: Ids) -> Ids:
+    """The different ones among ids, ascending.
+
+    Example:
+        >>> distinct(np.array([3, 1, 3]))
+        array([1, 3])
+    """
+    ordered = np.sort(ids)
+    if ordered.size < 2 or ordered[0] == ordered[-1]:
+        return ordered[:1]
+    first = np.empty(ordered.size, dtype=bool)
+    first[0] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=first[1:])
+    return ordered[first]
+
+
 def surviving(alive: NDArray[np.bool_], ids: Ids) -> int:
     """How many atoms survive in a row of ``ids``: the first row that is not gone altogether."""
     if ids.ndim == 1:

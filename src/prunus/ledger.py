@@ -39,6 +39,14 @@ class Rows(NamedTuple):
     split: bool = True
 
 
+class Product(NamedTuple):
+    """Position ``k`` of merged dims is one position of each, ``factors[k]``: it goes with any of them, and only so."""
+
+    cells: Ids
+    factors: Ids
+    freeze: Freeze
+
+
 class Balance(NamedTuple):
     """The rows of ``ids`` (shape ``(rows, length)``) must keep equally many atoms."""
 
@@ -127,10 +135,12 @@ class Ledger:
     """Everything that rules record while a model is traced."""
 
     def __init__(self) -> None:
+        self.keys_allowed = True  # whether sizes that remember their source may be keys of dicts and caches
         self.size = 1  # atom 0 is never handed out: it stands for "frozen"
         self.step = -1
         self.freezes: list[Freeze] = []
         self.rows_of: list[Rows] = []
+        self.products: list[Product] = []  # dims that a view merged
         self.balances: list[Balance] = []
         self.aligned: list[Balance] = []
         self.requirements: list[Requirement] = []
@@ -159,7 +169,7 @@ class Ledger:
         self._ties: list[tuple[int, int, int, int, int]] = []
         self._seen: set[tuple[int, int, int, int]] = set()
         self.starts: list[int] = [0]  # first atom of every run handed out
-        self._merged: list[Rows] = []  # those of `rows_of` that an existing atom takes
+        self._merged: list[tuple[int, int, Rows]] = []  # those of `rows_of` that an existing atom takes, least, largest
         self._coarse: dict[tuple[tuple[int, ...], bytes], Ids] = {}
 
     def fresh(self, count: int) -> Ids:
@@ -246,12 +256,17 @@ class Ledger:
         first = rows[:, 0]
         inside = np.zeros(len(rows), dtype=bool)
         known: set[bytes] = set()
-        for item in self._merged:
+        least, largest = int(first.min()), int(first.max())
+        for low, high, item in self._merged:
+            if high < least or low > largest:
+                continue
             here = np.isin(first, item.fine)
             if not here.any():
                 continue
             inside |= here
             known.update(np.sort(row).tobytes() for row in item.fine if len(row) == rows.shape[-1])
+        if not inside.any():
+            return
         foreign = [bool(i) and np.sort(row).tobytes() not in known for i, row in zip(inside, rows, strict=True)]
         if any(foreign):
             self.pin(coarse[np.array(foreign)], "it is a part of two dimensions that were merged, and goes with either")
@@ -259,7 +274,11 @@ class Ledger:
     def belong(self, coarse: Ids, fine: Ids) -> None:
         """``fine[r]`` goes when the existing atom ``coarse[r]`` goes."""
         self.rows_of.append(Rows(coarse.reshape(-1), fine.reshape(coarse.size, -1), split=False))
-        self._merged.append(self.rows_of[-1])
+        self._merged.append((int(fine.min()), int(fine.max()), self.rows_of[-1]))
+
+    def multiply(self, cells: Ids, factors: Ids, reason: str) -> None:
+        """``cells[k]`` goes with each atom of ``factors[k]``, and with nothing that takes none of them."""
+        self.products.append(Product(cells, factors, Freeze(factors.reshape(-1), reason, self.step, True)))
 
     def balance(self, fine: Ids, reason: str) -> None:
         """The rows of ``fine`` (its last axis) must keep equal counts; a row of one position goes as a whole only."""

@@ -15,15 +15,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prunus.calls import PythonCall
+from prunus.entries import Entry, entry_of
 from prunus.held import Held, Modules
 from prunus.higher import inside
 from prunus.labels import Dims, Label, Labelled, Numbered, unlabelled
 from prunus.ledger import Ledger
-from prunus.rules import Op, lookup
-from prunus.rules.table import MAKES, MOVES, MULTIPLIES, NEEDS_DTYPES, READS_NUMBERS, SIZED, Rule
+from prunus.rules import Op
+from prunus.rules.table import MOVES, READS_NUMBERS, SIZED
 from prunus.siblings import Siblings
 from prunus.sizes import MEASURES, Size, shape_of
-from prunus.standins import HollowValueError, Standin, decides, deciding, standin_for
+from prunus.standins import HollowValueError, deciding
 from prunus.untouched import put_back
 
 MARK = "_prunus_labels"
@@ -46,23 +47,15 @@ class Event(NamedTuple):
     results: tuple[Labelled, ...] = ()  # without those of which nothing is known
 
 
-class _Entry(NamedTuple):
-    """What to do with an op, decided once."""
-
-    name: str
-    rule: Rule | None
-    composite: bool
-    writes: tuple[int, ...]  # which of its arguments it changes
-    makes: bool
-    dtypes: bool
-    standin: Standin | None
-    decides: bool
-
-
 class Tracer(TorchDispatchMode):
     """Applies the rule of every op that runs; with ``hollow``, costly kernels give zeros instead (see standins.py)."""
 
     supports_higher_order_operators = True
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing is compiled while tracing; torch's guard against it costs microseconds for every op."""
+        return False
 
     def __init__(
         self, ledger: Ledger, held: Sequence[Held], index: dict[int, int], modules: Modules, *, hollow: bool = False
@@ -79,7 +72,6 @@ class Tracer(TorchDispatchMode):
         self._modules = {id(m): path for path, m in modules}
         self._by_path = dict(modules)
         self._stack: list[str] = [""]
-        self._entries: dict[int, _Entry] = {}  # by the op's identity: its own hash is slow
         self._known: dict[int, Labelled] = {}
         self._lasting: dict[int, tuple[torch.Tensor, Labelled]] = {}  # written in place: may outlive the run
         self._index = index
@@ -164,7 +156,7 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        entry = self._entries.get(id(func)) or self._classify(func)
+        entry = entry_of(func)
         if entry.composite:
             kernel = inside(func)
             with self, nullcontext() if kernel is None else FunctionMode(self):
@@ -190,31 +182,7 @@ class Tracer(TorchDispatchMode):
         if any(self._leaked or self.labels_of(tensor).hollow for tensor in tensors_among((*seen, *named))):
             raise HollowValueError(func.name())
 
-    def _classify(self, func: Any) -> _Entry:
-        if inside(func) is not None:
-            self._entries[id(func)] = entry = _Entry(str(func), None, True, (), False, False, None, False)
-            return entry
-        rule = lookup(func)
-        composite = rule is None and torch._C._dispatch_has_kernel_for_dispatch_key(
-            func.name(), "CompositeImplicitAutograd"
-        )
-        spelled = func.overloadpacket.__name__
-        name = spelled.rstrip("_") or spelled
-        always = name in MAKES or getattr(rule, "__module__", "") in MULTIPLIES
-        entry = _Entry(
-            name,
-            rule,
-            composite,
-            written(func) if func._schema.is_mutable else (),
-            always,
-            name in NEEDS_DTYPES,
-            standin_for(func),
-            decides(func),
-        )
-        self._entries[id(func)] = entry
-        return entry
-
-    def _record(self, entry: _Entry, func: Any, args: Any, kwargs: Any, result: Any, made_up: bool = False) -> None:
+    def _record(self, entry: Entry, func: Any, args: Any, kwargs: Any, result: Any, made_up: bool = False) -> None:
         inputs: list[Labelled] = []
         lowered = [a if type(a) in _PLAIN else self._lower(a, inputs) for a in args]
         named = {k: self._lower(v, inputs) for k, v in kwargs.items()} if kwargs else {}
@@ -241,7 +209,7 @@ class Tracer(TorchDispatchMode):
         sources = tuple([i.source for i in inputs if i.source != -1])
         self.events.append(Event(entry.name, self._stack[-1], sources, tuple(labels), tuple(inputs), results))
 
-    def _pass_over(self, entry: _Entry, inputs: list[Labelled], hollow: Sequence[torch.Tensor]) -> None:
+    def _pass_over(self, entry: Entry, inputs: list[Labelled], hollow: Sequence[torch.Tensor]) -> None:
         """Nothing that the op reads is labelled: the sizes that the code gives it stay."""
         if entry.name in SIZED:
             for size in self.call.named():
@@ -250,7 +218,7 @@ class Tracer(TorchDispatchMode):
             self._mark(tensor, Labelled(tuple(tensor.shape), (None,) * tensor.dim(), hollow=True), entry)
 
     def _hang(
-        self, entry: _Entry, outputs: Sequence[torch.Tensor], labels: Sequence[Dims | None], hollow: bool
+        self, entry: Entry, outputs: Sequence[torch.Tensor], labels: Sequence[Dims | None], hollow: bool
     ) -> tuple[Labelled, ...]:
         """Hang what the rule found on the results; gives that of the results of which something is known."""
         results: list[Labelled] = []
@@ -267,7 +235,7 @@ class Tracer(TorchDispatchMode):
                 self._mark(tensor, Labelled(shape, (None,) * len(shape), hollow=True), entry)
         return tuple(results)
 
-    def _mark(self, tensor: torch.Tensor, labelled: Labelled, entry: _Entry) -> None:
+    def _mark(self, tensor: torch.Tensor, labelled: Labelled, entry: Entry) -> None:
         """Remember what is known of a result."""
         if entry.writes and MARK not in tensor.__dict__:
             self._lasting[id(tensor)] = (tensor, labelled)
@@ -281,7 +249,7 @@ class Tracer(TorchDispatchMode):
                 if type(value) is float:
                     self.ledger.match(value, inputs[0], -1.0 if name == "div" else 1.0)
 
-    def _apply(self, entry: _Entry, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    def _apply(self, entry: Entry, op: Op, args: list[Any], kwargs: dict[str, Any]) -> Any:
         """The rule's answer; an op without a rule, or one whose rule fails on it, freezes what flows into it."""
         reason = f"no rule for {entry.name}"
         if entry.rule is not None:
@@ -311,12 +279,6 @@ class Tracer(TorchDispatchMode):
         if isinstance(value, (list, tuple)) and value and type(value[0]) not in _NUMBERS:
             return [self._lower(v, inputs) for v in value]
         return value
-
-
-def written(func: Any) -> tuple[int, ...]:
-    """The places of the arguments that an op changes."""
-    arguments = func._schema.arguments
-    return tuple([k for k, a in enumerate(arguments) if a.alias_info is not None and a.alias_info.is_write])
 
 
 def tensors_among(values: Iterable[Any]) -> Iterator[torch.Tensor]:

@@ -20,7 +20,7 @@ from prunus.coupling import Coupling
 from prunus.drops import Cut, Drop, cuts_then, drops_then, earlier_name, read_drops
 from prunus.errors import InputError, SurgeryError
 from prunus.following import followed
-from prunus.labels import Ids, surviving
+from prunus.labels import Ids, distinct, surviving
 from prunus.sizes import Attribute, Fact
 
 if TYPE_CHECKING:
@@ -290,7 +290,7 @@ def _removals(coupling: Coupling, alive: Alive, gone: Ids) -> tuple[Removal, ...
     """Which positions of which dims go with the living atoms ``gone`` (ascending), in the order of the tensors."""
     living = np.concatenate(([0], np.cumsum(alive)))  # atoms before each one
     rank = living[gone]
-    axes = np.unique(np.searchsorted(coupling.axis_start, gone, side="right") - 1)
+    axes = distinct(np.searchsorted(coupling.axis_start, gone, side="right") - 1)
     axes = axes[axes >= 0]
     axes = axes[np.lexsort((coupling.axis_dim[axes], coupling.axis_held[axes]))]
     held = [coupling.trace.held[k] for k in coupling.axis_held[axes].tolist()]

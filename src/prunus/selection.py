@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from math import ceil, gcd, lcm
+from math import ceil, gcd, isfinite, lcm
 
 import numpy as np
 import torch
@@ -20,15 +20,16 @@ Scores = NDArray[np.float64]  # one for each unit; NaN: not scored
 
 def default_families(coupling: Coupling) -> tuple[Family, ...]:
     """The families to choose from: rows as a whole (heads) only where their positions cannot go one by one."""
-    fine = [f for f in coupling.families if not f.coarse]
-    covered = np.zeros(coupling.units.total, dtype=bool)
-    for family in fine:
-        covered[family.units] = True
-    chosen = list(fine)
+    own = coupling.units
+    alone = np.zeros(own.total, dtype=bool)
     for family in coupling.families:
-        if family.coarse and not covered[coupling.unit_of_atom[coupling.atoms_of(family.units)]].any():
-            chosen.append(family)
-    return tuple(sorted(chosen, key=lambda f: int(f.lanes[0][0])))
+        alone[family.units] = not family.coarse
+    before = np.concatenate(([0], np.cumsum(alone)))
+    inside = coupling.pieces.fine[own.taken]
+    opened = np.zeros(own.total, dtype=bool)
+    begin = own.base[inside]
+    opened[own.base[own.taker[before[begin + own.width[inside]] > before[begin]]]] = True
+    return tuple(f for f in coupling.families if not f.coarse or not opened[f.units].any())
 
 
 def score_units(
@@ -49,8 +50,6 @@ def score_units(
                         f"the importance returned {values.shape[0] if values.ndim else 'one'} score(s) for a group of "
                         f"{len(group.units)}; it must return one for each unit"
                     )
-                if np.isnan(values).any():
-                    raise InputError("the importance returned NaN; check weights and gradients for NaN")
                 scores[group.units] = values
     return scores
 
@@ -89,11 +88,17 @@ def rank(family: Family, scores: Scores, living: NDArray[np.bool_]) -> Ranking:
     lanes, quotas = family.left(living)
     if not lanes:
         return Ranking(family, np.empty((0, 0), dtype=np.int64), np.empty(0))
-    own = np.split(np.nan_to_num(scores[np.concatenate(lanes)], nan=0.0), np.cumsum([len(v) for v in lanes])[:-1])
-    for left, quota, score in zip(lanes, quotas, own, strict=True):
-        order = np.argsort(score, kind="stable")[: len(left) // quota * quota]
+    own = scores[lanes[0] if len(lanes) == 1 else np.concatenate(lanes)]
+    if not isfinite(own.sum()):
+        own = np.nan_to_num(own, nan=0.0)
+    end = 0
+    for left, quota in zip(lanes, quotas, strict=True):
+        begin, end = end, end + len(left)
+        order = np.argsort(own[begin:end], kind="stable")[: len(left) // quota * quota]
         parts.append(left[order].reshape(-1, quota))
-        values.append(score[order].reshape(-1, quota).mean(axis=1))
+        values.append(own[begin:end][order] if quota == 1 else own[begin:end][order].reshape(-1, quota).mean(axis=1))
+    if len(lanes) == 1:
+        return Ranking(family, parts[0], values[0])
     count = min(len(p) for p in parts)
     return Ranking(
         family, np.concatenate([p[:count] for p in parts], axis=1), np.mean([v[:count] for v in values], axis=0)

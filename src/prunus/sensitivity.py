@@ -282,8 +282,7 @@ def _stops(one: Ladder, shares: Sequence[float]) -> list[int]:
 
 
 def _tensors(coupling: Coupling, one: Ladder) -> frozenset[tuple[str, int]]:
-    groups = np.unique(coupling.group_of_unit[one.family.units])
-    slices = [s for k in groups[groups >= 0].tolist() for s in coupling.groups[k].slices]
+    slices = [s for _, group in coupling.groups_of(one.family.units) for s in group.slices]
     return frozenset((coupling.trace.held[s.held].name, s.dim) for s in slices)
 
 

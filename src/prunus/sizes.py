@@ -20,6 +20,11 @@ from prunus.held import submodule
 from prunus.labels import Ids, Labelled, in_memory
 from prunus.ledger import Ledger, Number
 
+
+class SizeAsKeyError(BaseException):
+    """The code looks a size up, perhaps in what a function remembers (see recall.py); no ``except Exception`` of it."""
+
+
 SMALLEST = 2  # a size of 1 cannot be pruned, so it is never followed
 _HOUSEKEEPING = frozenset(
     [
@@ -180,6 +185,8 @@ class Size(int):
         return not self == other
 
     def __hash__(self) -> int:
+        if not self.ledger.keys_allowed:
+            raise SizeAsKeyError
         return int.__hash__(self)
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> Any:
@@ -239,12 +246,21 @@ def mark_attributes(modules: Iterable[tuple[str, nn.Module]], ledger: Ledger) ->
     for path, module in modules:
         _mark(module.__dict__, path, "", ledger, undo)
         for name in ("config", "cfg"):
-            config = module.__dict__.get(name)
+            config = _config(module, name)
             fields = getattr(config, "__dict__", None)
             if fields is not None and not isinstance(config, (nn.Module, type)) and id(config) not in seen:
                 seen.add(id(config))
                 _mark(fields, path, f"{name}.", ledger, undo)
     return undo
+
+
+def _config(module: nn.Module, name: str) -> Any:
+    """What a module keeps under ``name``, or hands out there: the same object each time."""
+    own = module.__dict__.get(name)
+    if own is None and isinstance(getattr(type(module), name, None), property):
+        own = getattr(module, name, None)
+        own = own if own is getattr(module, name, None) else None
+    return own
 
 
 def _mark(

@@ -265,7 +265,9 @@ class _Kept:
         key = removal.size, removal.positions
         if key not in self._found:
             _check_positions(removal)
-            self._found[key] = torch.from_numpy(np.delete(np.arange(removal.size), removal.positions))
+            stays = np.ones(removal.size, dtype=bool)
+            stays[list(removal.positions)] = False
+            self._found[key] = torch.from_numpy(np.flatnonzero(stays))
         return self._found[key]
 
 

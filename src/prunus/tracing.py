@@ -22,7 +22,8 @@ from prunus.ledger import Ledger
 from prunus.meta import MetaFunctionMode, MetaMode, OverwrittenError, no_values, runs_without_data
 from prunus.modes import Event, FunctionMode, Tracer
 from prunus.opaque import Customized, OpaqueTracer, find_customized, stand_in
-from prunus.sizes import mark_attributes
+from prunus.recall import Recall
+from prunus.sizes import SizeAsKeyError, mark_attributes
 from prunus.standins import HollowValueError
 from prunus.untouched import untouched, without_mha_fastpath
 
@@ -88,17 +89,22 @@ def trace(
     elif not layers:  # nothing is known of what happens inside customised layers
         ways.insert(0, _Way(torch.inference_mode, _modes, hollow=True))
     failure: Exception | None = None
-    for way in ways:
+    recall: Recall | None = None
+    while ways:
+        way = ways[0]
         try:
-            return _trace(model, example_inputs, forward_fn, output_transform, way, layers)
-        except HollowValueError:
+            return _trace(model, example_inputs, forward_fn, output_transform, way, layers, recall)
+        except SizeAsKeyError:  # rare, and it takes a while to find the functions that remember
+            recall = Recall(model.modules(), forward_fn)
             continue
+        except HollowValueError:
+            pass
         except PrunusError:
-            if way.hollow:
-                continue
-            raise
+            if not way.hollow:
+                raise
         except Exception as error:
             failure = error if failure is None or not empty or isinstance(failure, OverwrittenError) else failure
+        del ways[0]
     if failure is not None and empty:
         raise no_values(model, failure) from failure
     raise InputError(
@@ -146,8 +152,9 @@ def _trace(
     output_transform: Callable[[Any], Any] | None,
     way: _Way,
     layers: Sequence[Customized],
+    recall: Recall | None,
 ) -> Trace:
-    """One recorded run, without gradients."""
+    """One recorded run, without gradients; only with ``recall`` may sizes be looked up in what remembers."""
     ledger = Ledger()
     modules = list(model.named_modules(remove_duplicate=False))
     held, index = held_tensors(modules)
@@ -164,6 +171,9 @@ def _trace(
     def recording() -> Iterator[None]:
         with ExitStack() as stack:
             stack.enter_context(_marked(visible, ledger))
+            if recall is not None:
+                stack.enter_context(recall.suspended())
+            stack.enter_context(_keys_watched(ledger, recall is not None))
             for context in (way.guard(), without_mha_fastpath(), tracer.following_modules(), *way.modes(tracer)):
                 stack.enter_context(context)
             yield
@@ -230,6 +240,16 @@ def _marked(modules: Modules, ledger: Ledger) -> Iterator[None]:
             if len(fields) > len(names):
                 for name in set(fields).difference(names):
                     del fields[name]
+
+
+@contextmanager
+def _keys_watched(ledger: Ledger, allowed: bool) -> Iterator[None]:
+    """Whether sizes may be looked up during the run; afterwards they may."""
+    ledger.keys_allowed = allowed
+    try:
+        yield
+    finally:
+        ledger.keys_allowed = True
 
 
 def tensors_in(value: Any, seen: set[int] | None = None) -> Iterator[torch.Tensor]:

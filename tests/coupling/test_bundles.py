@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 import pytest
 import torch
@@ -277,6 +279,14 @@ def test_explain_tells_groups_ties_and_reasons() -> None:
     for wrong in ("nowhere", nn.Linear(2, 2)):
         with pytest.raises(prunus.InputError):
             explain(found, wrong)
+
+
+def test_explain_tells_positions_in_heads_from_whole_heads() -> None:
+    """Where one unit takes a position of every head it says so, and that heads may go as a whole."""
+    found = coupled(Attention(heads=4, kv=2))
+    queries = explain(found, "q.weight")
+    assert "group 1, 8 units of 2 positions; with it go" in queries
+    assert re.search(r"or with prune_num_heads, \d whole heads of \d positions \(group \d+\)", queries)
 
 
 def test_units_of_a_group_cut_alike() -> None:

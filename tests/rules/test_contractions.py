@@ -599,3 +599,40 @@ def test_network(oracle, networks, build, inputs, bundles, share) -> None:
         return
     found = oracle(build(networks), inputs)
     assert (found.bundles, round(found.share, 3)) == (bundles, share)
+
+
+class Blurred(nn.Module):
+    """Each channel is a picture of its own for one small kernel: channels are a part of the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 12, 1), nn.Conv2d(12, 5, 1)
+        self.register_buffer("kernel", torch.rand(1, 1, 3, 3))
+
+    def forward(self, x):
+        x = self.first(x)
+        alone = x.reshape(-1, 1, *x.shape[2:])
+        return self.last(F.conv2d(alone, self.kernel, padding=1).view(x.shape))
+
+
+def test_a_convolution_over_channels_as_a_batch_costs_what_is_left_of_them(oracle) -> None:
+    found = oracle(Blurred(), torch.randn(2, 3, 8, 8))
+    assert "first.weight:0" not in found.frozen
+
+
+class ShiftedInTime(nn.Module):
+    """A convolution along the first dim, whose batch is a dim that may shrink."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 12), nn.Linear(12, 5)
+        self.weight, self.bias = nn.Parameter(torch.randn(3, 1, 6)), nn.Parameter(torch.randn(6))
+
+    def forward(self, x):
+        hidden = torch.conv_tbc(self.first(x)[:, :, None], self.weight, self.bias, 1)
+        return self.last(hidden.mean(2))
+
+
+def test_a_convolution_in_time_over_channels_as_a_batch_costs_what_is_left_of_them(oracle) -> None:
+    found = oracle(ShiftedInTime(), torch.randn(7, 4))
+    assert "first.weight:0" not in found.frozen

@@ -493,3 +493,28 @@ class LearnedQueries(nn.Module):
 def test_a_dim_merged_with_a_part_of_another_stays_and_keeps_no_other(oracle) -> None:
     found = oracle(LearnedQueries(), torch.randn(3, 5, 10))
     assert found.frozen == {"embed.weight:1", "queries:1", "head.weight:0", "head.bias:0"}
+
+
+class MergedTwice(nn.Module):
+    """Two matrices of low rank, each from two dims that a view merges."""
+
+    def __init__(self, down: tuple[int, int], up: tuple[int, int]) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.down, self.up = nn.Parameter(torch.randn(*down, 6)), nn.Parameter(torch.randn(6, *up))
+
+    def forward(self, x):
+        return self.head((self.embed(x) @ self.down.flatten(end_dim=1).T) @ self.up.flatten(start_dim=1).T)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "stay"), [((4, 8), (4, 8), False), ((4, 8), (8, 4), False), ((4, 6), (6, 4), True)]
+)
+def test_merged_dims_stay_the_product_of_what_is_left_of_each(oracle, down, up, stay) -> None:
+    """Every eighth of 32 positions is an index of (4, 8), and half of an index of (8, 4): it goes with the other half.
+
+    Of 24 positions every sixth is one of (4, 6), and nothing that a removal from (6, 4) could take.
+    """
+    found = oracle(MergedTwice(down, up), torch.randn(7, 5))
+    assert found.frozen >= ({"down:0", "down:1", "up:1", "up:2"} if stay else set())
+    assert stay or found.frozen.isdisjoint({"down:0", "down:1", "up:1", "up:2"})

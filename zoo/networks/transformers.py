@@ -537,6 +537,15 @@ def _adapted() -> Network:
     return Network(model, net.inputs, _run)
 
 
+def _random_bases() -> Network:
+    """A decoder with adapters of full rank: a sum of random bases, which two views merge with the rank."""
+    from peft import RandLoraConfig, get_peft_model
+
+    net = _make("Llama", "ForCausalLM", DECODER, _tokens())()
+    model: Any = get_peft_model(net.model, RandLoraConfig(r=4, target_modules=["q_proj", "o_proj"]))
+    return Network(model, net.inputs, _run)
+
+
 def table() -> Table:
     """Every network of the family, by name."""
     return {
@@ -547,4 +556,5 @@ def table() -> Table:
         **_pictures(),
         **_pairs(),
         "llama_lora": _adapted,
+        "llama_randlora": _random_bases,
     }

@@ -20,7 +20,7 @@ from prunus.coupling.constraints import Constraints, is_own_size
 from prunus.coupling.families import Draft, Family
 from prunus.coupling.pieces import components
 from prunus.coupling.units import Units
-from prunus.labels import Ids
+from prunus.labels import Ids, distinct, marks
 from prunus.ledger import Ledger
 from prunus.sizes import Attribute, Extent, expression_of, leaves
 
@@ -58,7 +58,7 @@ def find_bundles(
         constraints.settle()
         constraints.respect(ledger.limits)
     families = []
-    for family in np.unique(draft.family_of[draft.family_of >= 0]).tolist():
+    for family in distinct(draft.family_of[draft.family_of >= 0]).tolist():
         members = np.flatnonzero(draft.family_of == family)
         made = Family(
             tuple(draft.lanes[k] for k in members.tolist()),
@@ -76,10 +76,9 @@ def find_bundles(
 
 def _lanes(ledger: Ledger, units: Units, kind: Ids, partial: list[_Partial]) -> Draft:
     """Units of one kind that are in the same rows of the same balances form a lane."""
-    random = np.random.default_rng(0)
     mark = np.zeros(units.total, dtype=np.uint64)
     rows = [row for balance in ledger.balances for row in balance.ids]
-    numbers = random.integers(1, 2**63, size=len(rows), dtype=np.uint64)
+    numbers = marks(len(rows), 1)
     _add_marks(mark, units, rows, numbers)
     begin = 0
     for balance, takings in zip(ledger.balances, partial, strict=True):
@@ -87,7 +86,7 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids, partial: list[_Partial]) -> 
             mark[takers] += numbers[begin + k] * times.astype(np.uint64)
         begin += len(balance.ids)
     parts = _sized_parts(ledger)
-    numbers = random.integers(1, 2**63, size=len(parts), dtype=np.uint64)
+    numbers = marks(len(parts), 2)
     _add_marks(mark, units, [ids.reshape(-1) for ids in parts], numbers)
     whole = [k for k, ids in enumerate(parts) if ids.ndim == 1]
     _add_marks_of_takers(mark, units, [parts[k] for k in whole], numbers[whole])
@@ -172,9 +171,9 @@ def _balance(ledger: Ledger, units: Units, draft: Draft, partial: list[_Partial]
         inside = np.zeros(len(draft.lanes), dtype=bool)
         inside[draft.lane_of[rows[rows >= 0]]] = True
         members = np.flatnonzero(inside)
-        whole = [np.unique(draft.lane_of[takers]) for _, takers, _ in takings]
+        whole = [distinct(draft.lane_of[takers]) for _, takers, _ in takings]
         if whole:
-            lanes = np.unique(np.concatenate(whole))
+            lanes = distinct(np.concatenate(whole))
             left += [int(lanes[0])] * (lanes.size - 1)
             right += lanes[1:].tolist()
             taken = [int(n.sum()) for _, _, n in takings]
@@ -189,10 +188,10 @@ def _balance(ledger: Ledger, units: Units, draft: Draft, partial: list[_Partial]
         right += members[1:].tolist()
     for ids in ledger.whole_rows:
         for _, takers, _ in _partial_takers(units, ids):
-            uneven.append((np.unique(draft.lane_of[takers]), "it would take a part of rows that are alike"))
+            uneven.append((distinct(draft.lane_of[takers]), "it would take a part of rows that are alike"))
     draft.family_of[:] = components(len(draft.lanes), np.array(left, dtype=np.int64), np.array(right, dtype=np.int64))
     for members, reason in uneven:
-        for family in np.unique(draft.family_of[members]).tolist():
+        for family in distinct(draft.family_of[members]).tolist():
             if family >= 0:
                 draft.pin(family, f"{reason}, and a part of one of them has to stay")
 
@@ -203,6 +202,6 @@ def _pin_overlapping(units: Units, draft: Draft) -> None:
         return
     lane = draft.lane_of[units.base[units.taker]]
     keys, times = np.unique(lane * len(units.pieces.start) + units.taken, return_counts=True)
-    for k in np.unique(keys[times > 1] // len(units.pieces.start)).tolist():
+    for k in distinct(keys[times > 1] // len(units.pieces.start)).tolist():
         if k >= 0 and draft.family_of[k] >= 0:
             draft.pin(int(draft.family_of[k]), "its rows share positions")

@@ -9,7 +9,7 @@ from torch import nn
 
 from prunus.coupling.groups import Coupling
 from prunus.errors import InputError
-from prunus.labels import Ids
+from prunus.labels import Ids, distinct
 
 MOST_PARTNERS = 40
 
@@ -105,13 +105,28 @@ def _explain_axis(coupling: Coupling, axis: int) -> list[str]:
     free = coupling.movable[units]
     if free.any():
         first = int(atoms[free][0])
-        group = int(coupling.group_of_unit[units[free][0]])
-        lines.append(f"{head}: group {group}, {len(np.unique(units[free]))} units; with it go")
+        group, count = int(coupling.group_of_unit[units[free][0]]), len(distinct(units[free]))
+        each = np.count_nonzero(free) // count
+        lines.append(f"{head}: group {group}, {count} units{f' of {each} positions' if each > 1 else ''}; with it go")
         partners = _partners(coupling, first)
         lines += [f"      {text}" for text in partners[:MOST_PARTNERS]]
         if len(partners) > MOST_PARTNERS:
             lines.append(f"      and {len(partners) - MOST_PARTNERS} more")
-    return lines
+    return lines + [f"{head}: {text}" for text in _whole_rows(coupling, atoms)]
+
+
+def _whole_rows(coupling: Coupling, atoms: Ids) -> list[str]:
+    """The whole heads (experts, groups of a convolution) that hold positions of a dim and may go, group by group."""
+    _, takers = coupling.units.takings(coupling.pieces.of(atoms))
+    rows = coupling.by_rows if takers.size else coupling
+    takers = takers[rows.movable[takers] & rows.batched[takers]]
+    groups = rows.group_of_unit[takers]
+    found = []
+    for k in distinct(groups).tolist():
+        held = takers[groups == k]
+        heads = len(distinct(held))
+        found.append(f"or with prune_num_heads, {heads} whole heads of {held.size // heads} positions (group {k})")
+    return found
 
 
 def _partners(coupling: Coupling, atom: int) -> list[str]:

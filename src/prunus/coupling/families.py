@@ -60,7 +60,8 @@ class Draft:
     def join(self, families: Iterable[int]) -> None:
         """Make one family of several."""
         chosen = sorted(set(families))
-        self.family_of[np.isin(self.family_of, chosen)] = chosen[0]
+        for other in chosen[1:]:
+            self.family_of[self.family_of == other] = chosen[0]
 
     def pin(self, family: int, why: str) -> None:
         """Let all lanes of a family stay."""

@@ -17,7 +17,7 @@ from prunus.coupling.folds import Fold, find_folds
 from prunus.coupling.pieces import Pieces, cut_into_pieces, stretches
 from prunus.coupling.units import Units, find_units
 from prunus.held import axis_of
-from prunus.labels import Ids
+from prunus.labels import Ids, distinct, marks
 from prunus.sizes import Attribute, read_attribute
 from prunus.tracing import Trace
 
@@ -154,6 +154,10 @@ class Coupling:
             found[group.units] = k
         return found
 
+    def groups_of(self, units: Ids) -> list[tuple[int, UnitGroup]]:
+        """The groups that some units belong to, with their indices."""
+        return [(k, self.groups[k]) for k in distinct(self.group_of_unit[units]).tolist() if k >= 0]
+
     def atoms_of(self, units: Ids) -> Ids:
         """Every atom that goes with a set of units, ascending."""
         if units.size < self.units.total // 16:
@@ -177,7 +181,7 @@ class Coupling:
     def _atoms_of_few(self, units: Ids) -> Ids:
         """The same without looking at every atom of the model."""
         own, pieces = self.units, self.pieces
-        units = np.unique(units)
+        units = distinct(units)
         fine = own.fine_of(units)
         begins = np.flatnonzero(np.concatenate(([True], fine[1:] != fine[:-1])))[: units.size]
         fines, many = fine[begins], np.diff(np.concatenate((begins, [units.size])))
@@ -191,8 +195,8 @@ class Coupling:
         taken = [own.takes[f] for f in fines.tolist() if f in own.takes]
         if not taken:
             return atoms
-        whole = np.unique(np.concatenate(taken))
-        return np.union1d(atoms, stretches(pieces.start[whole], pieces.length[whole]))
+        whole = distinct(np.concatenate(taken))
+        return distinct(np.concatenate((atoms, stretches(pieces.start[whole], pieces.length[whole]))))
 
     @cached_property
     def folds(self) -> tuple[Fold, ...]:
@@ -251,11 +255,11 @@ def couple(trace: Trace) -> Coupling:
 
 def _kinds(pieces: Pieces, units: Units, axis: Ids, axes: int) -> Ids:
     """A signature for each fine atom: a sum of random numbers, one for each dim that it cuts."""
-    random = np.random.default_rng(0).integers(1, 2**62, size=(axes, 2), dtype=np.int64)
+    random = marks(2 * axes, 0).view(np.int64).reshape(axes, 2)
     mark = np.zeros(len(units.base), dtype=np.int64)
     real = axis >= 0
-    with np.errstate(over="ignore"):
-        np.add.at(mark, pieces.fine[real], random[axis[real], 0])
+    np.add.at(mark, pieces.fine[real], random[axis[real], 0])
+    if units.taken.size:
         on = axis[units.taken] >= 0
         np.add.at(mark, units.taker[on], random[axis[units.taken[on]], 1] * pieces.length[units.taken[on]])
     return mark

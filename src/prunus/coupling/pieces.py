@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.labels import Ids
+from prunus.labels import Ids, distinct, marks
 from prunus.ledger import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
 
 ROUNDS = 64  # after so many rounds of travelling cuts, what still moves is cut at every position
@@ -160,8 +160,8 @@ def _equal_rows(ledger: Ledger, pieces: Pieces) -> Ids:
     """Pairs of coarse pieces whose rows are the same classes, and which are not one class yet."""
     if not ledger.rows_of:
         return np.empty((0, 2), dtype=np.int64)
-    numbers = np.random.default_rng(0).integers(1, 2**63, size=int(pieces.classes.max()) + 1, dtype=np.uint64)
-    found, marks = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.uint64)]
+    numbers = marks(int(pieces.classes.max()) + 1, 0)
+    found, marked = [np.empty(0, dtype=np.int64)], [np.empty(0, dtype=np.uint64)]
     for rows in ledger.rows_of:
         coarse = pieces.of(rows.coarse)
         members = np.sort(pieces.classes[pieces.of(rows.fine)], axis=1)
@@ -171,9 +171,9 @@ def _equal_rows(ledger: Ledger, pieces: Pieces) -> Ids:
         if rows.split:  # a row of rows is what is in them
             numbers[pieces.classes[coarse]] = mark
         found.append(coarse)
-        marks.append(mark)
+        marked.append(mark)
     every = np.concatenate(found)
-    _, first, which = np.unique(np.concatenate(marks), return_index=True, return_inverse=True)
+    _, first, which = np.unique(np.concatenate(marked), return_index=True, return_inverse=True)
     pairs = np.stack((every[first[which]], every), axis=1)
     return pairs[pieces.classes[pairs[:, 0]] != pieces.classes[pairs[:, 1]]]
 
@@ -194,7 +194,8 @@ def _implications(ledger: Ledger, pieces: Pieces) -> tuple[Ids, Ids]:
         effect.append(inner)
     first, second = np.concatenate(cause), np.concatenate(effect)
     count = int(classes.max()) + 1
-    pairs = np.unique(first[first != second] * count + second[first != second])
+    apart = first != second
+    pairs = distinct(first[apart] * count + second[apart])
     return pairs // count, pairs % count
 
 
@@ -206,7 +207,7 @@ def _contained(ledger: Ledger, pieces: Pieces) -> list[tuple[Ids, Ids]]:
     coarse = np.concatenate([pieces.classes[pieces.of(r.coarse)] for r in ledger.rows_of])
     number = np.repeat(np.arange(len(coarse)), np.concatenate([np.full(len(m), m.shape[1]) for m in members]))
     count = int(pieces.classes.max()) + 1
-    held = np.unique(number * count + np.concatenate([m.reshape(-1) for m in members]))  # pairs (row, class)
+    held = distinct(number * count + np.concatenate([m.reshape(-1) for m in members]))  # pairs (row, class)
     row, member = np.divmod(held, count)
     length = np.bincount(row)
     holders, content, rows_of = _Relation(member, row, count), _Relation(row, member, len(coarse)), None
@@ -215,13 +216,13 @@ def _contained(ledger: Ledger, pieces: Pieces) -> list[tuple[Ids, Ids]]:
     while True:
         if rows_of is not None:
             inside = content.follow(*rows_of.follow(*np.divmod(held, count)))
-            held = np.union1d(held, inside[0] * count + inside[1])
+            held = distinct(np.concatenate((held, inside[0] * count + inside[1])))
         outer, inner = holders.follow(*np.divmod(held, count))
         pairs, times = np.unique(outer * len(coarse) + inner, return_counts=True)
         outer, inner = np.divmod(pairs, len(coarse))
         whole = (times == length[inner]) & (coarse[outer] != coarse[inner])
         outer, inner = outer[whole], coarse[inner[whole]]
-        grown = np.union1d(held, outer * count + inner)
+        grown = distinct(np.concatenate((held, outer * count + inner)))
         if rows_of is None or grown.size == held.size:
             return [(coarse[outer], inner)]
         held = grown
@@ -249,7 +250,7 @@ def reachable(pieces: Pieces, source: Ids, first: Ids) -> tuple[Ids, Ids]:
     """
     count = int(pieces.classes.max()) + 1
     effects = _Relation(pieces.cause, pieces.effect, count)
-    frontier = reached = np.unique(source * count + first)
+    frontier = reached = distinct(source * count + first)
     while frontier.size:
         source, effect = effects.follow(*np.divmod(frontier, count))
         frontier = np.setdiff1d(source * count + effect, reached)

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.coupling.pieces import Pieces, reachable, stretches
-from prunus.labels import Ids
+from prunus.coupling.products import breaking
+from prunus.labels import Ids, marks
 from prunus.ledger import Freeze, Ledger
 
 _NONE: Ids = np.empty(0, dtype=np.int64)
@@ -88,10 +89,9 @@ class Units:
     def taker_mark(self) -> Ids:
         """For each piece a number that is equal where the same coarse units take it (0: none does)."""
         mark = np.zeros(len(self.pieces.start), dtype=np.int64)
-        random = np.random.default_rng(0).integers(1, 2**62, size=len(self.base), dtype=np.int64)
+        random = marks(len(self.base), 0).view(np.int64)
         free = self.free[self.taker]
-        with np.errstate(over="ignore"):
-            np.add.at(mark, self.taken[free], random[self.taker[free]])
+        np.add.at(mark, self.taken[free], random[self.taker[free]])
         return mark
 
     @cached_property
@@ -114,7 +114,7 @@ class Units:
 
 def find_units(ledger: Ledger, pieces: Pieces) -> Units:
     """Which fine atoms may go, and what each takes (atoms on no tensor that the model keeps are units too)."""
-    freezes = (*ledger.freezes, *(g.freeze for g in ledger.guards))
+    freezes = (*ledger.freezes, *(g.freeze for g in ledger.guards), *(p.freeze for p in ledger.products))
     count = int(pieces.fine.max()) + 1
     stay_class = _frozen_classes(pieces, freezes, ledger)
     stay = np.full(count, len(freezes), dtype=np.int64)
@@ -123,7 +123,10 @@ def find_units(ledger: Ledger, pieces: Pieces) -> Units:
     pinned, why = _frozen_pieces(pieces, freezes, hard=False)
     np.minimum.at(stay, pieces.fine[pinned], why)
     stay[stay == len(freezes)] = -1
-    taker, taken = _takes(pieces, stay)
+    fines, classes = _reached(pieces, stay)
+    for k, broken in enumerate(breaking(ledger.products, pieces, fines, classes), len(freezes) - len(ledger.products)):
+        stay[broken] = k
+    taker, taken = _takes(pieces, fines[stay[fines] < 0], classes[stay[fines] < 0])
     width = np.zeros(count, dtype=np.int64)
     width[pieces.fine] = pieces.length
     free = stay < 0
@@ -180,15 +183,19 @@ def _frozen_pieces(pieces: Pieces, freezes: tuple[Freeze, ...], *, hard: bool) -
     return pieces.of(np.concatenate([ids for _, ids in chosen])), why
 
 
-def _takes(pieces: Pieces, stay: Ids) -> tuple[Ids, Ids]:
-    """Fine atoms that may go and take more than themselves, and each piece that goes as a whole with them."""
-    count = int(pieces.classes.max()) + 1
-    leads = np.zeros(count, dtype=bool)
+def _reached(pieces: Pieces, stay: Ids) -> tuple[Ids, Ids]:
+    """Fine atoms that may go and take more than themselves, and each class that goes with them."""
+    leads = np.zeros(int(pieces.classes.max()) + 1, dtype=bool)
     leads[pieces.cause] = True
     leading = np.flatnonzero(leads[pieces.classes] & (stay[pieces.fine] < 0))
-    if leading.size == 0:
+    return reachable(pieces, pieces.fine[leading], pieces.classes[leading])
+
+
+def _takes(pieces: Pieces, fines: Ids, classes: Ids) -> tuple[Ids, Ids]:
+    """Fine atoms that take more than themselves, and each piece that goes as a whole with them, by their classes."""
+    if fines.size == 0:
         return _NONE, _NONE
-    fines, classes = reachable(pieces, pieces.fine[leading], pieces.classes[leading])
+    count = int(pieces.classes.max()) + 1
     order = np.argsort(pieces.classes, kind="stable")
     first = np.searchsorted(pieces.classes[order], np.arange(count + 1))
     lengths = first[classes + 1] - first[classes]

@@ -17,7 +17,7 @@ from prunus.importance.criteria import (
     ScoredGroup,
     along,
     by_parts,
-    normalize,
+    normalizer_of,
     to_units,
 )
 from prunus.importance.members import Member
@@ -39,7 +39,7 @@ class ReadersImportance(Importance):
     """
 
     def __init__(self, calibration: Calibration | None, normalizer: Normalizer) -> None:
-        normalize(torch.ones(1), normalizer)
+        normalizer_of(normalizer)
         if calibration is not None:
             calibration.need("activations")
         self.calibration = calibration

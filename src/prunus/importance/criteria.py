@@ -73,7 +73,7 @@ class LayerwiseImportance(Importance):
     ) -> None:
         if group_reduction is not None and group_reduction not in _REDUCTIONS:
             raise InputError(f"group_reduction={group_reduction!r}: choose one of {sorted(_REDUCTIONS)}, or None")
-        normalize(torch.ones(1), normalizer)
+        normalizer_of(normalizer)
         self.group_reduction = group_reduction
         self.normalizer = normalizer
         self.bias = bias
@@ -120,13 +120,16 @@ def by_parts(
         InputError: the group is empty.
     """
     check_not_empty(group)
+    parts = [(places, found) for places, members in group.parts if (found := score(members)) is not None]
+    if not parts:
+        return None
+    places, found = parts[0]
+    if len(places) == group.size:
+        return normalize(found.float().cpu(), normalizer)
     scores = torch.zeros(group.size, dtype=torch.float32)
-    counted = False
-    for places, members in group.parts:
-        found = score(members)
-        if found is not None:
-            counted, scores[places] = True, found
-    return normalize(scores, normalizer) if counted else None
+    for places, found in parts:
+        scores[places] = found
+    return normalize(scores, normalizer)
 
 
 def check_not_empty(group: ScoredGroup) -> None:
@@ -181,15 +184,24 @@ def normalize(scores: torch.Tensor, how: Normalizer) -> torch.Tensor:
         >>> normalize(torch.tensor([1.0, 3.0]), "mean")
         tensor([0.5000, 1.5000])
     """
+    return normalizer_of(how)(scores)
+
+
+def normalizer_of(how: Normalizer) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The function that a normaliser's name stands for.
+
+    Raises:
+        InputError: ``how`` names no normaliser.
+    """
     if how is None:
-        return scores
+        return lambda scores: scores
     if callable(how):
-        return how(scores)
+        return how
     if how in _NORMALIZERS:
-        return _NORMALIZERS[how](scores)
+        return _NORMALIZERS[how]
     rank = how.removeprefix("sentinel_") if how.startswith("sentinel_") else ""
     if rank.replace(".", "", 1).isdigit():
-        return scores / (_sentinel(scores, float(rank)) + TINY)
+        return lambda scores: scores / (_sentinel(scores, float(rank)) + TINY)
     raise InputError(f"normalizer={how!r}: choose one of {', '.join(_NORMALIZERS)}, sentinel_K, a callable or None")
 
 

@@ -17,7 +17,7 @@ from prunus.importance.criteria import (
     ScoredGroup,
     along,
     by_parts,
-    normalize,
+    normalizer_of,
     to_units,
 )
 from prunus.importance.members import Member
@@ -209,7 +209,7 @@ class FisherImportance(Importance):
     """
 
     def __init__(self, calibration: Calibration, p: int = 2, normalizer: Normalizer = "mean") -> None:
-        normalize(torch.ones(1), normalizer)
+        normalizer_of(normalizer)
         calibration.need("gradients")
         if p == 1 and not calibration.rows_are_samples:
             raise InputError(

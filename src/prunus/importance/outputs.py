@@ -17,6 +17,7 @@ from prunus.importance.criteria import (
     along,
     check_not_empty,
     normalize,
+    normalizer_of,
     to_units,
 )
 from prunus.importance.elimination import Consumer, eliminate, inverse_of
@@ -75,7 +76,7 @@ class OutputErrorImportance(Importance):
         ridge: float = 1e-3,
         normalizer: Normalizer = None,
     ) -> None:
-        normalize(torch.ones(1), normalizer)
+        normalizer_of(normalizer)
         calibration.need("grams")
         self.weighted = "gradients" in calibration.collected if weighted is None else weighted
         if self.weighted:

@@ -19,7 +19,7 @@ from prunus.importance.criteria import (
     along,
     by_parts,
     check_not_empty,
-    normalize,
+    normalizer_of,
     to_units,
 )
 from prunus.importance.members import Member
@@ -160,7 +160,7 @@ class InvariantMagnitudeImportance(Importance):
 
     def __init__(self, normalizer: Normalizer = "mean") -> None:
         self.normalizer = normalizer
-        normalize(torch.ones(1), normalizer)
+        normalizer_of(normalizer)
 
     @torch.no_grad()
     def __call__(self, group: ScoredGroup) -> torch.Tensor | None:

@@ -48,9 +48,8 @@ def score_with(
     def score(group: UnitGroup) -> torch.Tensor | None:
         there = living[group.units]
         left = group.units[there]
-        scores = torch.full((len(group.units),), float("inf"), dtype=torch.float32)
         if left.size == 0:
-            return scores
+            return torch.full((len(group.units),), float("inf"), dtype=torch.float32)
         root = root_of(graph, left, coupling)
         if root is None:
             return None
@@ -68,7 +67,11 @@ def score_with(
             return None
         found = by_unit(found, asked)
         _check_scores(found, len(left), root.node.name)
-        scores[torch.from_numpy(there)] = found.detach().float().cpu()
+        found = found.detach().float().cpu()
+        if len(left) == len(there):
+            return found
+        scores = torch.full((len(there),), float("inf"), dtype=torch.float32)
+        scores[torch.from_numpy(there)] = found
         return scores
 
     return score

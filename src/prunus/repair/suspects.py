@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from torch import Tensor
+from torch import nn
 
 from prunus.held import Held
 from prunus.modes import Event
@@ -28,12 +26,11 @@ def may_have_constants(trace: Trace, plan: Plan) -> bool:
         plan: what is to be removed.
     """
     index = {held.name: k for k, held in enumerate(trace.held)}
-    parameters = dict(trace.model.named_parameters(remove_duplicate=False))
     zeros: dict[int, list[int]] = {}
     for removal in plan.removals:
-        parameter = parameters.get(removal.tensor)
-        if parameter is not None and removal.tensor in index and _removes_zeros(parameter, removal):
-            zeros.setdefault(index[removal.tensor], []).append(removal.dim)
+        k = index.get(removal.tensor)
+        if k is not None and isinstance(trace.held[k].tensor, nn.Parameter) and _removes_zeros(trace.held[k], removal):
+            zeros.setdefault(k, []).append(removal.dim)
     if not zeros:
         return False
     cut = {index[r.tensor] for r in plan.removals if r.tensor in index}
@@ -53,15 +50,21 @@ def may_have_constants(trace: Trace, plan: Plan) -> bool:
     return False
 
 
-def _removes_zeros(parameter: Tensor, removal: Removal) -> bool:
+def _removes_zeros(held: Held, removal: Removal) -> bool:
     """Whether a row of zeros of some layer goes, or a weight of zero of some norm."""
-    if parameter.is_meta or not parameter.is_floating_point():
+    values = held.tensor.detach()
+    if (
+        values.is_meta
+        or not values.is_floating_point()
+        or (values.dim() == 1 and not removal.tensor.endswith("weight"))
+    ):
         return False
-    if parameter.dim() == 1 and not removal.tensor.endswith("weight"):
+    first = values.as_strided(
+        values.shape[removal.dim : removal.dim + 1], values.stride()[removal.dim : removal.dim + 1]
+    )
+    if first.all():  # few rows begin with zero
         return False
-    values = parameter.detach()
-    corner: tuple[Any, ...] = tuple(slice(None) if d == removal.dim else 0 for d in range(values.dim()))
-    zeros = set((values[corner] == 0).nonzero().flatten().tolist())  # few rows begin with one
+    zeros = set((first == 0).nonzero().flatten().tolist())
     rows = [k for k in removal.positions if k in zeros]
     if not rows:
         return False

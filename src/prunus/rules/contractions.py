@@ -219,7 +219,8 @@ def conv_tbc(op: Op, x: Labelled, weight: Labelled, bias: Labelled, pad: int = 0
     made = op.couple(weight.dims[2], bias.dims[0]) if weight.shape[2] > 1 else None
     op.reads(weight.dims[1])
     op.hands_on(weight.dims[2])
-    op.count(op.shape[0] * op.shape[1] * weight.shape[0], (weight.shape[1], read), (weight.shape[2], made))
+    batch = op.shape[0] * weight.shape[0], (x.shape[1], x.dims[1])
+    op.count(*batch, (weight.shape[1], read), (weight.shape[2], made))
     return (None, x.dims[1], made)
 
 
@@ -246,7 +247,8 @@ def convolution(
         counted = made
     spatial = (x if transposed else op).shape[channel + 1 :]
     sizes = (weight.shape[0], weight.shape[1]) if transposed else (weight.shape[1], weight.shape[0])
-    op.count(prod(x.shape[:channel]) * prod(weight.shape[2:]) * prod(spatial), (sizes[0], read), (sizes[1], counted))
+    batch = zip(x.shape[:channel], x.dims[:channel], strict=True)
+    op.count(*batch, prod(weight.shape[2:]) * prod(spatial), (sizes[0], read), (sizes[1], counted))
     return (*x.dims[:channel], made, *[None] * (x.ndim - channel - 1))
 
 

@@ -246,7 +246,7 @@ def rule(*ops: Any, override: bool = False) -> Callable[[F], F]:
             if op in _TABLE:
                 _REPLACED.setdefault(op, []).append(_TABLE[op])
             _TABLE[op] = function
-        _lookup_cache.clear()
+        _forget()
         return function
 
     return register
@@ -266,7 +266,13 @@ def remove_rule(*ops: Any) -> None:
         del _TABLE[op]
         if _REPLACED.get(op):
             _TABLE[op] = _REPLACED[op].pop()
+    _forget()
+
+
+def _forget() -> None:
+    """The table has changed."""
     _lookup_cache.clear()
+    derived.clear()
 
 
 def _registered(op: Any) -> OpOverload | OpOverloadPacket | str:
@@ -282,6 +288,8 @@ def _registered(op: Any) -> OpOverload | OpOverloadPacket | str:
 
 
 _lookup_cache: dict[OpOverload, Rule | None] = {}
+derived: dict[int, Any] = {}
+"""What others found out about ops with the help of the table, by the op's identity; emptied when the table changes."""
 
 
 def lookup(op: OpOverload) -> Rule | None:

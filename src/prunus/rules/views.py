@@ -268,10 +268,13 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
         op.ledger.freeze(atoms, reason)
     else:
         op.ledger.pin(atoms, f"{op.name} merges two dimensions in it, and it goes with either")
-        for d, label in labels.items():
-            known = [labelled.index(k) for k in (*label.context, d)]
-            rest = [k for k in range(len(labelled)) if k not in known]
+        factors = np.empty((*shape, len(labels)), dtype=np.int64)
+        for k, (d, label) in enumerate(labels.items()):
+            known = [labelled.index(c) for c in (*label.context, d)]
+            rest = [c for c in range(len(labelled)) if c not in known]
             op.ledger.belong(label.ids, grid.transpose(*known, *rest))
+            factors[..., k].transpose(*known, *rest)[...] = label.ids.reshape(*label.ids.shape, *[1] * len(rest))
+        op.ledger.multiply(atoms, factors.reshape(len(atoms), -1), f"{reason}, of which it would take a part")
     return _Leaf(grid, tuple(labelled[:-1]), labelled[-1])
 
 
