@@ -239,19 +239,15 @@ def _scaled(tensor: torch.Tensor, scalings: Sequence[Scaling]) -> torch.Tensor:
         if scaling.dim >= tensor.dim() or not 0 <= min(places) <= max(places) < tensor.shape[scaling.dim]:
             raise SurgeryError(f"{scaling.tensor} dim {scaling.dim}: the plan scales positions that do not exist")
         if scaling.onto:
-            tensor = _added(tensor.detach(), scaling)
+            source, onto = (torch.tensor(found, device=tensor.device) for found in (scaling.positions, scaling.onto))
+            read = tensor.detach().index_select(scaling.dim, source)
+            tensor = tensor.detach().index_add(scaling.dim, onto, read, alpha=scaling.factor)
             continue
         factor = torch.ones(tensor.shape[scaling.dim], dtype=torch.float64)
         factor[list(scaling.positions)] = scaling.factor
         shape = [-1 if d == scaling.dim else 1 for d in range(tensor.dim())]
         tensor = tensor.detach() * factor.to(tensor.device, tensor.dtype).view(shape)
     return tensor
-
-
-def _added(tensor: torch.Tensor, scaling: Scaling) -> torch.Tensor:
-    """The tensor with some positions, multiplied, added to others."""
-    source, onto = (torch.tensor(found, device=tensor.device) for found in (scaling.positions, scaling.onto))
-    return tensor.index_add(scaling.dim, onto, tensor.index_select(scaling.dim, source), alpha=scaling.factor)
 
 
 class _Kept:
