@@ -80,12 +80,19 @@ class Scaling:
     """Positions of one dim of one tensor that are multiplied (numbered as the tensor is before the plan).
 
     It makes up for a number that the model computes from a size which the plan changes, such as the scale of attention.
+    With ``onto``, the products are added to these other positions: what read a copy of a channel now reads the channel.
     """
 
     tensor: str
     dim: int
     positions: tuple[int, ...]
     factor: float
+    onto: tuple[int, ...] = ()
+
+    @property
+    def what(self) -> str:
+        """What is done to the positions."""
+        return "added to others" if self.onto else f"times {self.factor:.4g}"
 
 
 @dataclass(frozen=True)
@@ -113,7 +120,7 @@ class Plan:
         ]
         lines += [f"  {r.tensor} dim {r.dim}: {r.size} -> {r.size - len(r.positions)}" for r in self.removals]
         lines += [f"  {s.attribute} = {s.value}" for s in self.settings]
-        lines += [f"  {s.tensor} dim {s.dim}: {len(s.positions)} times {s.factor:.4g}" for s in self.scalings]
+        lines += [f"  {s.tensor} dim {s.dim}: {len(s.positions)} {s.what}" for s in self.scalings]
         lines += [f"  {text}" for text in (*self.drops, *self.cuts, *self.notes)]
         return "\n".join(lines)
 
@@ -183,7 +190,8 @@ class Plan:
                 Footprint(**data["after"]),
                 tuple(Mirror(**m) for m in data["mirrors"]),
                 scalings=tuple(
-                    Scaling(s["tensor"], s["dim"], tuple(s["positions"]), s["factor"]) for s in data.get("scalings", ())
+                    Scaling(s["tensor"], s["dim"], tuple(s["positions"]), s["factor"], tuple(s.get("onto", ())))
+                    for s in data.get("scalings", ())
                 ),
                 notes=tuple(data.get("notes", ())),
                 drops=drops,
@@ -226,7 +234,8 @@ def _earlier(scaling: Scaling, removal: Removal | None) -> Scaling:
     if removal is None:
         return scaling
     left = np.delete(np.arange(removal.size), removal.positions)
-    return replace(scaling, positions=tuple(left[list(scaling.positions)].tolist()))
+    positions, onto = (tuple(left[list(found)].tolist()) for found in (scaling.positions, scaling.onto))
+    return replace(scaling, positions=positions, onto=onto)
 
 
 def everything_alive(coupling: Coupling) -> Alive:

@@ -235,9 +235,14 @@ def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tenso
 def _scaled(tensor: torch.Tensor, scalings: Sequence[Scaling]) -> torch.Tensor:
     """The tensor with some positions multiplied, to make up for numbers that are computed from sizes."""
     for scaling in scalings:
-        places = scaling.positions or (0,)
+        places = (*scaling.positions, *scaling.onto) or (0,)
         if scaling.dim >= tensor.dim() or not 0 <= min(places) <= max(places) < tensor.shape[scaling.dim]:
             raise SurgeryError(f"{scaling.tensor} dim {scaling.dim}: the plan scales positions that do not exist")
+        if scaling.onto:
+            source, onto = (torch.tensor(found, device=tensor.device) for found in (scaling.positions, scaling.onto))
+            read = tensor.detach().index_select(scaling.dim, source)
+            tensor = tensor.detach().index_add(scaling.dim, onto, read, alpha=scaling.factor)
+            continue
         factor = torch.ones(tensor.shape[scaling.dim], dtype=torch.float64)
         factor[list(scaling.positions)] = scaling.factor
         shape = [-1 if d == scaling.dim else 1 for d in range(tensor.dim())]

@@ -104,6 +104,35 @@ def _typed() -> Network:
     return Network(TypedNodes(), (torch.randn(NODES, FEATURES), edges, *types, torch.rand(count, EDGE)))
 
 
+class Dynamic(nn.Module):
+    """Each layer attends to what all layers before it gave."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        from torch_geometric import nn as geometric
+
+        self.lift, self.head = nn.Linear(FEATURES, 24), nn.Linear(24, CLASSES)
+        self.convs = nn.ModuleList(geometric.DNAConv(24, heads=4) for _ in range(3))
+
+    def forward(self, x: Tensor, edge_index: Tensor) -> Tensor:
+        found = self.lift(x).relu().unsqueeze(1)
+        for conv in self.convs:
+            found = torch.cat([found, conv(found, edge_index).relu().unsqueeze(1)], dim=1)
+        return self.head(found[:, -1])
+
+
+def _dynamic() -> Network:
+    return Network(Dynamic(), (torch.randn(NODES, FEATURES), _edges()))
+
+
+def _polynormer() -> Network:
+    from torch_geometric.nn import Polynormer
+
+    model = Polynormer(FEATURES, 24, CLASSES, local_layers=2, global_layers=2)
+    model._global = True  # after a warm-up, as its paper trains it
+    return Network(model, (torch.randn(NODES, FEATURES), _edges(), torch.arange(2).repeat_interleave(NODES // 2)))
+
+
 def _pooled(pool: str) -> Builder:
     def build() -> Network:
         import torch_geometric.nn as geometric
@@ -145,6 +174,8 @@ def table() -> Table:
         "generalised": _conv(lambda g: g.GENConv(24, 24), residual=True),
         "arma": _conv(lambda g: g.ARMAConv(24, 24, num_stacks=2)),
         "heterogeneous": _typed,
+        "dynamic": _dynamic,
+        "polynormer": _polynormer,
         "pool_mean": _pooled("mean"),
         "pool_max": _pooled("max"),
         "pool_add": _pooled("add"),

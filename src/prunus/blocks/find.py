@@ -225,6 +225,8 @@ class Search:
                 found[path] = f"it is also {elsewhere[0]}"
                 continue
             shape = inner(self.reading, path)
+            if isinstance(shape, Inner):
+                self.planner.beside[path] = shape.beside
             added = "" if self._passes_on(path) or isinstance(shape, Inner) else outer(self.reading, path)
             found[path] = added if isinstance(added, Outer) else shape if self.flow.calls.get(path) else added or shape
         return found

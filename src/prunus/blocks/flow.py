@@ -53,6 +53,7 @@ class Flow:
     shapes: Mapping[int, torch.Size]
     kept: frozenset[int]  # tensors that the model keeps, and what is computed of nothing else
     active: frozenset[int]
+    names: Mapping[int, str]  # of the tensors that the model keeps
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,9 @@ class Recorder(SeesInside):
         self.calls: dict[str, list[Call]] = {}
         self.shapes: dict[int, torch.Size] = {}
         self._paths = {id(m): path for path, m in reversed(modules)}
-        self._held = held_tensors(modules)[1]
+        held, self._held = held_tensors(modules)
+        self._held_names = [h.name for h in held]
+        self._names: dict[int, str] = {}
         self._stack: list[str] = [""]
         self._numbers: dict[int, tuple[weakref.ref[torch.Tensor], int]] = {}
         self._kept: set[int] = set()
@@ -149,7 +152,12 @@ class Recorder(SeesInside):
         if known is not None and known[0]() is tensor:
             return known[1]
         fresh = self._renumber(tensor)
-        (self._kept if id(tensor) in self._held else self._active).add(fresh)
+        index = self._held.get(id(tensor))
+        if index is None:
+            self._active.add(fresh)
+        else:
+            self._kept.add(fresh)
+            self._names[fresh] = self._held_names[index]
         return fresh
 
     def _renumber(self, tensor: torch.Tensor) -> int:
@@ -184,7 +192,8 @@ class Recorder(SeesInside):
         """Run the model and say what happened."""
         outputs = subject.run(self.following(), self)
         numbers = tuple(self._numbers[id(t)][1] if id(t) in self._numbers else -1 for t in outputs)
-        return Flow(self.steps, self.calls, numbers, self.shapes, frozenset(self._kept), frozenset(self._active))
+        kept, active = frozenset(self._kept), frozenset(self._active)
+        return Flow(self.steps, self.calls, numbers, self.shapes, kept, active, self._names)
 
     @contextmanager
     def following(self) -> Iterator[None]:

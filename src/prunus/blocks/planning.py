@@ -9,10 +9,11 @@ from torch import nn
 
 from prunus.blocks.counters import Counters, find_counters, followers
 from prunus.blocks.flow import Subject
+from prunus.blocks.shape import Beside
 from prunus.cost import count
 from prunus.drops import Cut, Drop, renamed, within
 from prunus.graph import DependencyGraph
-from prunus.plan import Footprint, Plan, Setting, macs_by_step
+from prunus.plan import Footprint, Plan, Removal, Scaling, Setting, macs_by_step
 from prunus.surgery import apply
 
 
@@ -21,6 +22,7 @@ class Planner:
 
     def __init__(self, graph: DependencyGraph, subject: Subject) -> None:
         self.model, self._subject = graph.model, subject
+        self.beside: dict[str, tuple[Beside, ...]] = {}  # by the path of the child
         self._counters: dict[str, Counters] = {}
         self._macs: dict[str, int] = {}
         for step, macs in macs_by_step(graph.coupling, graph.alive):
@@ -54,23 +56,52 @@ class Planner:
                     f"the configuration cannot say which children of {container} are left: a model that is built from "
                     "it has others; save and load the model as a whole"
                 )
-        before, after = self._footprints(drops, names)
-        return Plan((), tuple(settings), before, after, notes=tuple(notes), drops=tuple(drops), cuts=tuple(cuts))
+        removals, scalings, widths = self._narrowed(names)
+        nothing = Footprint(0, 0, 0)
+        plan = Plan(
+            removals,
+            (*settings, *widths),
+            nothing,
+            nothing,
+            scalings=scalings,
+            notes=tuple(notes),
+            drops=tuple(drops),
+            cuts=tuple(cuts),
+        )
+        before, after = self._footprints(plan, names)
+        return replace(plan, before=before, after=after)
 
-    def _footprints(self, drops: Sequence[Drop], names: Sequence[str]) -> tuple[Footprint, Footprint]:
+    def _narrowed(self, names: Sequence[str]) -> tuple[tuple[Removal, ...], tuple[Scaling, ...], tuple[Setting, ...]]:
+        """What becomes of convolutions that would read a stream twice: they read it once, with both weights added."""
+        found = [beside for name in names for beside in self.beside.get(name, ())]
+        gone: dict[tuple[str, int], set[int]] = {}
+        scalings = []
+        for where in sorted(found, key=lambda b: -b.after):  # from the last: what is added to one may go on to another
+            source, onto = (tuple(range(first, first + where.size)) for first in (where.after, where.before))
+            scalings.append(Scaling(where.weight, 1, source, 1.0, onto))
+            gone.setdefault((where.weight, where.width), set()).update(source)
+        removals = tuple(Removal(name, 1, width, tuple(sorted(places))) for (name, width), places in gone.items())
+        settings = tuple(
+            Setting(path, "in_channels", None, r.size - len(r.positions))
+            for r in removals
+            if vars(self.model.get_submodule(path := r.tensor.rpartition(".")[0])).get("in_channels") == r.size
+        )
+        return removals, tuple(scalings), settings
+
+    def _footprints(self, plan: Plan, names: Sequence[str]) -> tuple[Footprint, Footprint]:
         """The cost before and after."""
         macs = sum(self._macs.values())
-        if self._shared(names):
-            nothing = Footprint(0, 0, 0)
-            receipt = apply(self.model, Plan((), (), nothing, nothing, drops=tuple(drops)))
+        whole = Footprint(macs, *_weigh(self.model.parameters()))
+        if plan.removals or self._shared(names):
+            receipt = apply(self.model, plan)
             try:
                 less = count(self.model, self._subject.inputs, self._subject.forward_fn).macs
+                return whole, Footprint(less, *_weigh(self.model.parameters()))
             finally:
                 receipt.undo()
-        else:
-            less = macs - sum(n for module, n in self._macs.items() if any(within(module, name) for name in names))
+        less = macs - sum(n for module, n in self._macs.items() if any(within(module, name) for name in names))
         left = _parameters_without(self.model, {id(self.model.get_submodule(name)) for name in names})
-        return Footprint(macs, *_weigh(self.model.parameters())), Footprint(less, *_weigh(left))
+        return whole, Footprint(less, *_weigh(left))
 
     def _shared(self, names: Sequence[str]) -> bool:
         """Whether a module that multiplies is inside the blocks and elsewhere too."""

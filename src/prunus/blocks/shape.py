@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from prunus.blocks.flow import Call, Flow, Step
@@ -13,6 +13,7 @@ NORMS = frozenset(
     | {"_native_batch_norm_legit_no_training", "_native_batch_norm_legit", "batch_norm", "layer_norm"}
 )
 JOINS = frozenset({"cat", "stack"})
+CONVOLUTIONS = frozenset({"convolution", "conv1d", "conv2d", "conv3d"})
 NO_STREAM = "its output is not its input with branches added"
 MOVES = frozenset(
     {"view", "_unsafe_view", "reshape", "_reshape_alias", "permute", "transpose", "t", "expand", "clone", "contiguous"}
@@ -49,12 +50,32 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class Beside:
+    """The stream before and after a child are put side by side for a convolution, which may read the first twice.
+
+    Args:
+        weight: the weight of the convolution, by its name.
+        width: how many channels it reads.
+        size: how many channels the stream has.
+        before: the first of these that are the stream before the child.
+        after: the first of those that are the stream after it.
+    """
+
+    weight: str
+    width: int
+    size: int
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Inner:
     """A child that computes ``x -> x + f(x)`` (or a chain of these) for each of its streams."""
 
     path: str
     call: Call
     pairs: tuple[Pair, ...]
+    beside: tuple[Beside, ...] = ()
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -174,21 +195,46 @@ def inner(reading: Reading, path: str) -> Inner | str:
     shapes = reading.flow.shapes
     if any(shapes[call.ins[p.entry]] != shapes[call.outs[p.exit]] for p in pairs):
         return "its output has another shape than its input"
-    for pair in pairs:
-        joint = _joint(reading, call.ins[pair.entry], call.outs[pair.exit])
-        if joint:
-            return joint
+    beside = _all_beside(reading, call, pairs)
+    if isinstance(beside, str):
+        return beside
     returned = {call.outs[p.exit] for p in pairs}.union(call.ins)
-    return _leak(reading, span, returned) or Inner(path, call, tuple(pairs))
+    return _leak(reading, span, returned) or Inner(path, call, tuple(pairs), beside)
 
 
-def _joint(reading: Reading, before: int, after: int) -> str:
-    """Whether the stream before and the stream after are put side by side; empty if not."""
-    for k in set(reading.readers.get(before, ())).intersection(reading.readers.get(after, ())):
-        step = reading.flow.steps[k]
-        if step.name in JOINS:
-            return f"{step.module or 'the model'} puts its output beside its input ({step.name}), which sets a width"
-    return ""
+def _all_beside(reading: Reading, call: Call, pairs: Sequence[Pair]) -> tuple[Beside, ...] | str:
+    """Where streams before and after a call are put side by side, or why they may not be."""
+    found: list[Beside] = []
+    for pair in pairs:
+        before, after = call.ins[pair.entry], call.outs[pair.exit]
+        for k in sorted(set(reading.readers.get(before, ())).intersection(reading.readers.get(after, ()))):
+            step = reading.flow.steps[k]
+            if step.name in JOINS:
+                place = _beside(reading, step, before, after)
+                if place is None:
+                    module = step.module or "the model"
+                    return f"{module} puts its output beside its input ({step.name}), which sets a width"
+                found.append(place)
+    return tuple(found)
+
+
+def _beside(reading: Reading, step: Step, before: int, after: int) -> Beside | None:
+    """Where the stream before and after stand among the channels that one convolution, and nothing else, reads."""
+    flow = reading.flow
+    readers = reading.readers.get(step.outs[0], ())
+    if step.name != "cat" or len(readers) != 1 or step.outs[0] in flow.outputs:
+        return None
+    reader, whole = flow.steps[readers[0]], flow.shapes[step.outs[0]]
+    if reader.name not in CONVOLUTIONS or reader.ins[0] != step.outs[0] or len(whole) < 3:
+        return None
+    weight, sizes = flow.shapes[reader.ins[1]], [flow.shapes[n][1] for n in step.ins]
+    name = flow.names.get(reader.ins[1])
+    if name is None or len(weight) != len(whole) or not weight[1] == whole[1] == sum(sizes):
+        return None
+    spots = [step.ins.index(n) for n in (before, after)]
+    if step.ins.count(before) > 1 or step.ins.count(after) > 1 or sizes[spots[0]] != sizes[spots[1]]:
+        return None
+    return Beside(name, whole[1], sizes[spots[0]], *(sum(sizes[:spot]) for spot in spots))
 
 
 def _leak(reading: Reading, span: range, returned: set[int]) -> str:
