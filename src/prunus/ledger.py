@@ -241,6 +241,10 @@ class Ledger:
             coarse = self._coarse[key] = (own if which is None else own[which]).reshape(fine.shape[:-1])
         return coarse
 
+    def known_rows(self, fine: Ids) -> Ids | None:
+        """The coarse atoms of rows that were made before."""
+        return self._coarse.get((fine.shape, fine.tobytes()))
+
     def _pin_foreign(self, coarse: Ids, rows: Ids) -> None:
         """Rows of merged dims in which the positions that go with one atom of either are not together cannot go."""
         first = rows[:, 0]

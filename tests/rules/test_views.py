@@ -492,3 +492,26 @@ class LearnedQueries(nn.Module):
 def test_a_dim_merged_with_a_part_of_another_stays_and_keeps_no_other(oracle) -> None:
     found = oracle(LearnedQueries(), torch.randn(3, 5, 10))
     assert found.frozen == {"embed.weight:1", "queries:1", "head.weight:0", "head.bias:0"}
+
+
+class GroupDeviation(nn.Module):
+    """Channels are divided by the deviation of their group, which is repeated by a shape that the code read."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        n, c, h, w = x.shape
+        grouped = x.reshape(n, self.groups, c // self.groups, h, w)
+        deviation = grouped.var((2, 3, 4), unbiased=False, keepdim=True).add(1e-5).sqrt()
+        return self.last(x / deviation.expand(grouped.shape).reshape(n, c, h, w))
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8, 16])
+def test_a_value_of_each_row_is_repeated_along_it(oracle, groups) -> None:
+    """A dim that grows to the size of a row goes along with that row, so that both can be merged into channels."""
+    found = oracle(GroupDeviation(groups), torch.randn(2, 3, 5, 5))
+    assert found.frozen == {"first.weight:1", "last.weight:0", "last.bias:0"}

@@ -95,9 +95,23 @@ def expand(op: Op, x: Labelled, size: Sequence[int] | Labelled, *, implicit: boo
             model = size.dims[k]
             dims[k] = _repeated(op, model) if model is not None else None
         return as_wide_as(op, tuple(dims), size, skip=grown)
-    labels = sized(op, shape, dims, grown)
+    asked = op.call.sizes(shape)
+    for k in grown if asked is not None else ():
+        model = _in_rows(op, asked[k], dims)
+        dims[k] = _repeated(op, model) if model is not None else None
+    labels = sized(op, shape, dims, [k for k in grown if dims[k] is None])
     op.ledger.uniform.update(id(d.ids) for k in grown if (d := labels[k]) is not None)
     return labels
+
+
+def _in_rows(op: Op, asked: Any, dims: Sequence[Label | None]) -> Label | None:
+    """The label of the dim whose size was read for ``asked``, if it is cut into rows that are one of ``dims``."""
+    ids = getattr(getattr(asked, "expression", None), "ids", None)
+    rows = op.ledger.known_rows(ids) if ids is not None and ids.ndim == 2 else None
+    if rows is None:
+        return None
+    homes = (d for d, label in enumerate(dims) if label is not None and np.array_equal(label.ids, rows))
+    return next((Label(ids, (d,)) for d in homes), None)
 
 
 def _repeated(op: Op, model: Label) -> Label:
