@@ -26,7 +26,20 @@ LONGER_FOR_A_REASON: dict[str, str] = {}
 LEVELS = [
     {"errors", "labels", "ledger", "higher", "distributed", "_version"},
     {"rules"},
-    {"sizes", "calls", "recall", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"}
+    {
+        "sizes",
+        "calls",
+        "recall",
+        "held",
+        "siblings",
+        "modes",
+        "untouched",
+        "meta",
+        "opaque",
+        "standins",
+        "tracing",
+        "hints",
+    }
     | {"swapping", "solving"},
     {"coupling"},
     {"drops", "following", "plan"},

@@ -80,7 +80,7 @@ def test_as_much_as_expected_can_be_removed(oracle, layers, bundles) -> None:
 
 
 class FlatKernels(nn.Module):
-    """Experts' kernels are kept as vectors, mixed for each picture, and cut out of the mix (conditional convolution)."""
+    """Experts' kernels are kept as vectors, mixed for each picture, and cut out of the mix."""
 
     def __init__(self, size: int, groups: int = 1) -> None:
         super().__init__()

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from prunus.labels import Dims, Ids, Label, Labelled, settle, varies
+from prunus.ledger import LEFT_IS_ONE, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
 from prunus.rules.table import Op, rule
 
 aten = torch.ops.aten
@@ -95,10 +96,10 @@ def expand(op: Op, x: Labelled, size: Sequence[int] | Labelled, *, implicit: boo
             model = size.dims[k]
             dims[k] = _repeated(op, model) if model is not None else None
         return as_wide_as(op, tuple(dims), size, skip=grown)
-    asked = op.call.sizes(shape)
-    for k in grown if asked is not None else ():
-        model = _in_rows(op, asked[k], dims)
-        dims[k] = _repeated(op, model) if model is not None else None
+    asked = op.call.sizes(shape) or ()
+    for k in grown if asked else ():
+        rows = _in_rows(op, asked[k], dims)
+        dims[k] = _repeated(op, rows) if rows is not None else None
     labels = sized(op, shape, dims, [k for k in grown if dims[k] is None])
     op.ledger.uniform.update(id(d.ids) for k in grown if (d := labels[k]) is not None)
     return labels
@@ -106,7 +107,7 @@ def expand(op: Op, x: Labelled, size: Sequence[int] | Labelled, *, implicit: boo
 
 def _in_rows(op: Op, asked: Any, dims: Sequence[Label | None]) -> Label | None:
     """The label of the dim whose size was read for ``asked``, if it is cut into rows that are one of ``dims``."""
-    ids = getattr(getattr(asked, "expression", None), "ids", None)
+    ids: Any = getattr(getattr(asked, "expression", None), "ids", None)
     rows = op.ledger.known_rows(ids) if ids is not None and ids.ndim == 2 else None
     if rows is None:
         return None
@@ -265,6 +266,10 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
     """Independent dims merged: each takes its rows of the product; a dim that only repeats the others has to stay."""
     reason = f"{op.name} merges it with another dimension"
     labels = {d: label for d in labelled if (label := x.dims[d]) is not None}
+    deciding = {c for label in labels.values() for c in label.context}
+    loose = [d for d in labelled if d in deciding or not _stays(op.ledger, labels[d].ids)]
+    if loose:  # what stays for ever merges like a dim without a label
+        labelled, labels = loose, {d: labels[d] for d in loose}
     repeats = [d for d, label in labels.items() if id(label.ids) in op.ledger.uniform]
     op.freeze([labels.pop(d) for d in repeats], reason)
     if len(labels) == 1:
@@ -283,6 +288,27 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
             rest = [k for k in range(len(labelled)) if k not in known]
             op.ledger.belong(label.ids, grid.transpose(*known, *rest))
     return _Leaf(grid, tuple(labelled[:-1]), labelled[-1])
+
+
+def _stays(ledger: Ledger, ids: Ids) -> bool:
+    """Whether rules have frozen all of a dim by now, itself or a dim that is tied to the whole of it."""
+    frozen = [freeze.ids.reshape(-1) for freeze in ledger.freezes if freeze.hard]
+    own = np.unique(ids)
+    first, size = own.item(0), own.size
+    if not frozen or own.item(-1) - first != size - 1:
+        return bool(frozen) and bool(np.isin(own, np.concatenate(frozen)).all())
+    stay, ties = np.concatenate(frozen), ledger.ties
+    ways = [(ties.left, ties.right, LEFT_IS_ONE), (ties.right, ties.left, RIGHT_IS_ONE)]
+    found = [first]
+    for start in found:
+        if np.isin(np.arange(start, start + size), stay).all():
+            return True
+        for one, other, kind in ways:  # what is tied to many stays if one of these does, and not the other way round
+            covers = (
+                ((ties.kind == ONE_TO_ONE) | (ties.kind == kind)) & (one <= start) & (one + ties.length >= start + size)
+            )
+            found += set((other + start - one)[covers].tolist()).difference(found)
+    return False
 
 
 def _split(
