@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -935,10 +936,11 @@ class Diffusion(nn.Module):
     def convolve(self, x: Tensor, state: Tensor, layer: nn.Linear) -> Tensor:
         x = torch.cat([x, state.reshape(len(x), self.nodes, -1)], dim=2)
         wide = x.permute(1, 2, 0).reshape(self.nodes, -1)
-        hops = [wide]
+        hops = wide.unsqueeze(0)
         for _ in range(self.steps):
-            hops.append(self.mix @ hops[-1])
-        y = torch.stack(hops).reshape(self.steps + 1, self.nodes, x.size(2), len(x)).permute(3, 1, 2, 0)
+            wide = self.mix @ wide
+            hops = torch.cat([hops, wide.unsqueeze(0)])
+        y = hops.reshape(self.steps + 1, self.nodes, x.size(2), len(x)).permute(3, 1, 2, 0)
         return layer(y.reshape(len(x) * self.nodes, x.size(2) * (self.steps + 1)))
 
     def forward(self, x: Tensor) -> Tensor:
