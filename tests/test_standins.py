@@ -192,8 +192,10 @@ def test_what_is_found_does_not_depend_on_values(monkeypatch):
     model.append(nn.Linear(6 * 16, 5))
     x = torch.randn(1, 3, 8, 8)
     hollow = prunus.DependencyGraph().build_dependency(model, x).coupling
-    monkeypatch.setattr("prunus.modes.standin_for", lambda op: None)
+    monkeypatch.setattr("prunus.entries.standin_for", lambda op: None)
+    monkeypatch.setattr("prunus.entries.derived", {})
     computed = prunus.DependencyGraph().build_dependency(model, x).coupling
+    assert [any(t.hollow for e in c.trace.events for t in e.results) for c in (hollow, computed)] == [True, False]
     assert [f.units.tolist() for f in hollow.families] == [f.units.tolist() for f in computed.families]
     assert [e.name for e in hollow.trace.events] == [e.name for e in computed.trace.events]
     counted = [[(t.factor, t.step) for t in c.trace.ledger.macs] for c in (hollow, computed)]

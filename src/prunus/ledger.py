@@ -251,6 +251,10 @@ class Ledger:
             coarse = self._coarse[key] = (own if which is None else own[which]).reshape(fine.shape[:-1])
         return coarse
 
+    def known_rows(self, fine: Ids) -> Ids | None:
+        """The coarse atoms of rows that were made before."""
+        return self._coarse.get((fine.shape, fine.tobytes()))
+
     def _pin_foreign(self, coarse: Ids, rows: Ids) -> None:
         """Rows of merged dims in which the positions that go with one atom of either are not together cannot go."""
         first = rows[:, 0]
@@ -258,13 +262,9 @@ class Ledger:
         known: set[bytes] = set()
         least, largest = int(first.min()), int(first.max())
         for low, high, item in self._merged:
-            if high < least or low > largest:
-                continue
-            here = np.isin(first, item.fine)
-            if not here.any():
-                continue
-            inside |= here
-            known.update(np.sort(row).tobytes() for row in item.fine if len(row) == rows.shape[-1])
+            if high >= least and low <= largest and (here := np.isin(first, item.fine)).any():
+                inside |= here
+                known.update(np.sort(row).tobytes() for row in item.fine if len(row) == rows.shape[-1])
         if not inside.any():
             return
         foreign = [bool(i) and np.sort(row).tobytes() not in known for i, row in zip(inside, rows, strict=True)]

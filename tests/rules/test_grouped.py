@@ -77,3 +77,32 @@ GROUPED = [
 @pytest.mark.parametrize(("layers", "bundles"), GROUPED)
 def test_as_much_as_expected_can_be_removed(oracle, layers, bundles) -> None:
     assert oracle(Chain(layers, True), torch.randn(2, 3, 6, 6)).bundles == bundles
+
+
+class FlatKernels(nn.Module):
+    """Experts' kernels are kept as vectors, mixed for each picture, and cut out of the mix."""
+
+    def __init__(self, size: int, groups: int = 1) -> None:
+        super().__init__()
+        self.size, self.groups, self.made = size, groups, 12
+        self.first, self.route, self.last = nn.Conv2d(3, 8, 1), nn.Linear(8, 3), nn.Conv2d(12, 4, 1)
+        self.kernels = nn.Parameter(torch.randn(3, 12 * (8 // groups) * size**2))
+        self.between = nn.Conv2d(12, 12, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        n, c, h, w = x.shape
+        mixed = self.route(x.mean((2, 3))).sigmoid() @ self.kernels
+        kernels = mixed.view(n * self.made, c // self.groups, self.size, self.size)
+        y = F.conv2d(x.reshape(1, n * c, h, w), kernels, padding=self.size // 2, groups=n * self.groups)
+        return self.last(F.relu(self.between(y.view(n, self.made, h, w))))
+
+
+@pytest.mark.parametrize(("size", "groups"), [(1, 1), (3, 1), (1, 2), (3, 4)])
+def test_kernels_cut_out_of_vectors_are_followed_or_kept(oracle, size, groups) -> None:
+    """Such kernels are read as any others: their operations are counted, and no op is reported as unknown."""
+    model, pictures = FlatKernels(size, groups), torch.randn(2, 3, 6, 6)
+    found = oracle(model, pictures)
+    assert not prunus.DependencyGraph().build_dependency(model, pictures).unsupported
+    assert "between.weight:0" not in found.frozen
+    assert ("first.weight:0" in found.frozen) == (size == 3)

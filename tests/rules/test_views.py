@@ -540,3 +540,52 @@ def test_a_dim_that_stays_merged_with_another_one_does_not_keep_it(oracle) -> No
     found = oracle(PixelsToChannels(), torch.randn(2, 16, 5))
     assert "embed.weight:0" not in found.frozen
     assert "head.weight:1" not in found.frozen
+
+
+class GroupDeviation(nn.Module):
+    """Channels are divided by the deviation of their group, which is repeated by a shape that the code read."""
+
+    def __init__(self, groups: int) -> None:
+        super().__init__()
+        self.groups = groups
+        self.first, self.last = nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        n, c, h, w = x.shape
+        grouped = x.reshape(n, self.groups, c // self.groups, h, w)
+        deviation = grouped.var((2, 3, 4), unbiased=False, keepdim=True).add(1e-5).sqrt()
+        return self.last(x / deviation.expand(grouped.shape).reshape(n, c, h, w))
+
+
+@pytest.mark.parametrize("groups", [1, 4, 8, 16])
+def test_a_value_of_each_row_is_repeated_along_it(oracle, groups) -> None:
+    """A dim that grows to the size of a row goes along with that row, so that both can be merged into channels."""
+    found = oracle(GroupDeviation(groups), torch.randn(2, 3, 5, 5))
+    assert found.frozen == {"first.weight:1", "last.weight:0", "last.bias:0"}
+
+
+class Diffusion(nn.Module):
+    """Features of every node, mixed by a matrix of nodes, with a state that holds nodes times features in one dim."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.nodes, self.width = 5, 8
+        self.register_buffer("mix", torch.rand(5, 5))
+        self.gates, self.head = nn.Linear(2 * (3 + 8), 2 * 8), nn.Linear(8, 2)
+
+    def forward(self, x):
+        state = torch.zeros(len(x), self.nodes * self.width)
+        for _ in range(2):
+            y = torch.cat([x, state.view(-1, self.nodes, self.width)], 2)
+            y = torch.stack([y, self.mix @ y], 3).flatten(2)
+            keep, new = self.gates(y).chunk(2, dim=2)
+            keep, new = (part.reshape(len(x), self.nodes * self.width) for part in (keep.sigmoid(), new.tanh()))
+            state = keep * state + (1 - keep) * new
+        return self.head(state.view(-1, self.nodes, self.width))
+
+
+def test_a_dim_that_stays_merges_like_one_without_a_label(oracle) -> None:
+    """The number of nodes stays, as the inputs have it: features may still go from a dim of nodes times features."""
+    found = oracle(Diffusion(), torch.randn(3, 5, 3))
+    assert found.frozen == {"mix:0", "mix:1", "gates.weight:1", "head.weight:0", "head.bias:0"}

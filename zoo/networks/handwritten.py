@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -866,6 +867,92 @@ class CondConv(nn.Module):
         return self.head(y.relu())
 
 
+class FlatKernels(nn.Module):
+    """Experts' kernels are kept as vectors, mixed for each picture, and cut out of the mix."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.size, self.made = size, 16
+        self.stem, self.route = _conv(3, 12), nn.Linear(12, 3)
+        self.kernels = nn.Parameter(torch.randn(3, 16 * 12 * size**2) * 0.1)
+        self.head = nn.Sequential(_conv(16, 24), nn.Conv2d(24, 2, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        n, c, h, w = x.shape
+        mixed = self.route(x.mean((2, 3))).sigmoid() @ self.kernels
+        kernels = mixed.view(n * self.made, c, self.size, self.size)
+        y = F.conv2d(x.reshape(1, n * c, h, w), kernels, padding=self.size // 2, groups=n)
+        return self.head(y.view(n, self.made, h, w).relu())
+
+
+class GroupDeviation(nn.Module):
+    """EvoNorm: a gate over the deviation of each group, which is repeated by a shape that the code read."""
+
+    def __init__(self, width: int = 16, groups: int = 4) -> None:
+        super().__init__()
+        self.groups = groups
+        self.weight, self.bias, self.gate = (nn.Parameter(torch.rand(width) + 0.5) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, h, w = x.shape
+        grouped = x.reshape(n, self.groups, c // self.groups, h, w)
+        deviation = (grouped.var(dim=(2, 3, 4), unbiased=False, keepdim=True) + 1e-5).sqrt()
+        gated = x * (x * self.gate.view(1, -1, 1, 1)).sigmoid() / deviation.expand(grouped.shape).reshape(n, c, h, w)
+        return gated * self.weight.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)
+
+
+@lru_cache(256)
+def _heads_last(shape: tuple[int, ...], heads: int) -> tuple[int, ...]:
+    """The shape that attention needs, remembered as einops remembers its recipes."""
+    return (*shape[:-1], heads, shape[-1] // heads)
+
+
+class CachedShapes(nn.Module):
+    """Attention whose sizes come from a function that remembers its answers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = 4
+        self.qkv, self.head = nn.Linear(8, 96), nn.Linear(32, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.qkv(x).chunk(3, dim=-1)
+        q, k, v = (part.reshape(_heads_last(tuple(part.shape), self.heads)).transpose(1, 2) for part in parts)
+        return self.head(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+
+class Diffusion(nn.Module):
+    """DCRNN: a gated unit over nodes, whose state holds nodes times features in one dim, mixed by a matrix of nodes."""
+
+    def __init__(self, nodes: int = 6, width: int = 12, steps: int = 2) -> None:
+        super().__init__()
+        self.nodes, self.width, self.steps = nodes, width, steps
+        self.register_buffer("mix", torch.rand(nodes, nodes).softmax(1))
+        inside = (2 + width) * (steps + 1)
+        self.gates, self.candidate = nn.Linear(inside, 2 * width), nn.Linear(inside, width)
+        self.head = nn.Linear(width, 1)
+
+    def convolve(self, x: Tensor, state: Tensor, layer: nn.Linear) -> Tensor:
+        x = torch.cat([x, state.reshape(len(x), self.nodes, -1)], dim=2)
+        wide = x.permute(1, 2, 0).reshape(self.nodes, -1)
+        hops = wide.unsqueeze(0)
+        for _ in range(self.steps):
+            wide = self.mix @ wide
+            hops = torch.cat([hops, wide.unsqueeze(0)])
+        y = hops.reshape(self.steps + 1, self.nodes, x.size(2), len(x)).permute(3, 1, 2, 0)
+        return layer(y.reshape(len(x) * self.nodes, x.size(2) * (self.steps + 1)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(len(x), self.nodes * self.width, dtype=x.dtype)
+        for t in range(x.size(1)):
+            gates = self.convolve(x[:, t], state, self.gates).sigmoid().reshape(-1, self.nodes, 2 * self.width)
+            reset, keep = (part.reshape(-1, self.nodes * self.width) for part in gates.split(self.width, dim=-1))
+            new = self.convolve(x[:, t], reset * state, self.candidate).tanh().reshape(len(x), -1)
+            state = keep * state + (1 - keep) * new
+        return self.head(state.view(-1, self.width)).view(len(x), self.nodes)
+
+
 class StateSpace(nn.Module):
     """A selective scan in a Python loop, as mamba's reference code does it."""
 
@@ -1160,6 +1247,7 @@ def _bodies() -> Table:
         "frozen_norm": _pictures(lambda: nn.Sequential(nn.Conv2d(16, 32, 1), FrozenNorm(32), nn.ReLU()), out=32),
         "layer_scale": _pictures(lambda: nn.Sequential(LayerScaled(), LayerScaled())),
         "norm_by_hand": _pictures(lambda: nn.Sequential(nn.Conv2d(16, 24, 1), LayerNorm2d(24), nn.GELU()), out=24),
+        "group_deviation": _pictures(lambda: nn.Sequential(GroupDeviation(), _conv(16, 16), GroupDeviation())),
         "reversible": _pictures(Reversible, out=24),
         "cross_stage": _pictures(CrossStage, out=24),
         "grouped": _pictures(lambda: nn.Sequential(_conv(16, 32, groups=4), _conv(32, 32, groups=8)), out=32),
@@ -1200,6 +1288,10 @@ def _whole() -> Table:
         "mixer": _on(Mixer, picture),
         "hyper": _on(Hyper, picture, (4,)),
         "conditional_kernels": _on(CondConv, picture),
+        "flat_kernels": _on(lambda: FlatKernels(3), picture),
+        "flat_kernels_pointwise": _on(lambda: FlatKernels(1), picture),
+        "cached_shapes": _on(CachedShapes, (2, 6, 8)),
+        "diffusion": _on(Diffusion, (2, 4, 6, 2)),
         "state_space": _on(StateSpace, (2, 6, 8)),
         "fourier": _on(Fourier, (2, 6, 8)),
         "vector_quantised": _on(VectorQuantised, picture),

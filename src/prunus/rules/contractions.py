@@ -14,6 +14,7 @@ from prunus.rules.joins import fix, take, without_context
 from prunus.rules.table import Op, rule
 
 aten = torch.ops.aten
+LARGEST_CUT = 2**14  # positions of a matrix, cut out of one dim, that are followed one by one
 
 
 @rule(aten.linear)
@@ -232,6 +233,7 @@ def convolution(
     """Every convolution."""
     channel = x.ndim - weight.ndim + 1
     op.freeze(weight.dims[2:], "it is a kernel size")
+    weight = _computed(op, weight)
     op.freeze(x.dims[channel + 1 :], f"{op.name} slides over it")
     x = Labelled(x.shape, without_context(op, x, channel)) if x.dims[channel] is None else x
     into, made = (weight.dims[0], weight.dims[1]) if transposed else (weight.dims[1], weight.dims[0])
@@ -250,6 +252,18 @@ def convolution(
     batch = zip(x.shape[:channel], x.dims[:channel], strict=True)
     op.count(*batch, prod(weight.shape[2:]) * prod(spatial), (sizes[0], read), (sizes[1], counted))
     return (*x.dims[:channel], made, *[None] * (x.ndim - channel - 1))
+
+
+def _computed(op: Op, weight: Labelled) -> Labelled:
+    """A kernel that was cut out of one dim: its channels are numbered anew for each position of the other one."""
+    if any(label is not None and label.context and label.ids.size > LARGEST_CUT for label in weight.dims[:2]) or any(
+        label is not None and label.context for label in weight.dims[2:]
+    ):
+        op.freeze(weight.dims[:2], "kernels of a fixed size, or very many, were cut out of it")
+        return Labelled(weight.shape, (None,) * weight.ndim, weight.source)
+    for d in (0, 1):
+        weight = Labelled(weight.shape, without_context(op, weight, d), weight.source)
+    return weight
 
 
 def _grouped(

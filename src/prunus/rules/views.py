@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from prunus.labels import Dims, Ids, Label, Labelled, settle, varies
+from prunus.labels import Dims, Ids, Label, Labelled, distinct, settle, varies
+from prunus.ledger import LEFT_IS_ONE, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
 from prunus.rules.table import Op, rule
 
 aten = torch.ops.aten
@@ -101,9 +102,23 @@ def expand(op: Op, x: Labelled, size: Sequence[int] | Labelled, *, implicit: boo
         op.require(mapped, label.ids)
         labels: Dims = tuple(dims)
     else:
-        labels = sized(op, shape, dims, grown)
+        asked = op.call.sizes(shape) or ()
+        for k in grown if asked else ():
+            rows = _in_rows(op, asked[k], dims)
+            dims[k] = _repeated(op, rows) if rows is not None else None
+        labels = sized(op, shape, dims, [k for k in grown if dims[k] is None])
     op.ledger.uniform.update(id(d.ids) for k in grown if (d := labels[k]) is not None)
     return labels
+
+
+def _in_rows(op: Op, asked: Any, dims: Sequence[Label | None]) -> Label | None:
+    """The label of the dim whose size was read for ``asked``, if it is cut into rows that are one of ``dims``."""
+    ids: Any = getattr(getattr(asked, "expression", None), "ids", None)
+    rows = op.ledger.known_rows(ids) if ids is not None and ids.ndim == 2 else None
+    if rows is None:
+        return None
+    homes = (d for d, label in enumerate(dims) if label is not None and np.array_equal(label.ids, rows))
+    return next((Label(ids, (d,)) for d in homes), None)
 
 
 def _repeated(op: Op, model: Label) -> Label:
@@ -255,9 +270,10 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
     """Independent dims merged: each takes its rows of the product; a dim that only repeats the others has to stay."""
     reason = f"{op.name} merges it with another dimension"
     labels = {d: label for d in labelled if (label := x.dims[d]) is not None}
-    fixed = [d for d, label in labels.items() if _stays(op, label)]
-    if 0 < len(fixed) < len(labels):
-        return _product(op, x, [d for d in labelled if d not in fixed])
+    deciding = {c for label in labels.values() for c in label.context}
+    loose = [d for d in labelled if d in deciding or not _stays(op.ledger, labels[d].ids)]
+    if loose:  # what stays for ever merges like a dim without a label
+        labelled, labels = loose, {d: labels[d] for d in loose}
     repeats = [d for d, label in labels.items() if id(label.ids) in op.ledger.uniform]
     op.freeze([labels.pop(d) for d in repeats], reason)
     if len(labels) == 1:
@@ -281,14 +297,28 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
     return _Leaf(grid, tuple(labelled[:-1]), labelled[-1])
 
 
-def _stays(op: Op, label: Label) -> bool:
-    """Whether a freeze so far keeps a whole dim, or a part of each row that its positions take."""
-    frozen = np.zeros(op.ledger.size, dtype=bool)
-    for item in op.ledger.freezes:
+def _stays(ledger: Ledger, ids: Ids) -> bool:
+    """Whether rules have frozen all of a dim: itself, a part of each of its rows, or what is tied to all of it."""
+    frozen = np.zeros(ledger.size, dtype=bool)
+    for item in ledger.freezes:
         frozen[item.ids] |= item.hard
-    for rows in op.ledger.rows_of:
+    for rows in ledger.rows_of:
         frozen[rows.coarse] |= frozen[rows.fine].any(axis=1)
-    return bool(frozen[label.ids].all())
+    own = distinct(ids.reshape(-1))
+    first, size, ties = own.item(0), own.size, ledger.ties
+    if own.item(-1) - first != size - 1:
+        return bool(frozen[own].all())
+    ways = [(ties.left, ties.right, LEFT_IS_ONE), (ties.right, ties.left, RIGHT_IS_ONE)]
+    found = [first]
+    for start in found:
+        if frozen[start : start + size].all():
+            return True
+        for one, other, kind in ways:  # what is tied to many stays if one of these does, and not the other way round
+            covers = (
+                ((ties.kind == ONE_TO_ONE) | (ties.kind == kind)) & (one <= start) & (one + ties.length >= start + size)
+            )
+            found += set((other + start - one)[covers].tolist()).difference(found)
+    return False
 
 
 def _split(
