@@ -206,6 +206,27 @@ def test_sizes_follow_in_a_config_that_is_a_property(oracle) -> None:
     assert model.config.c == 4
 
 
+class FailsToHandOutConfig(nn.Module):
+    """Its configuration is a property that cannot be read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 8), nn.Linear(8, 2)
+
+    @property
+    def config(self):
+        raise RuntimeError("not trained yet")
+
+    def forward(self, x):
+        return self.b(self.a(x))
+
+
+def test_a_config_that_cannot_be_read_is_left_alone() -> None:
+    model = FailsToHandOutConfig()
+    prunus.prune(model, torch.randn(1, 4), prunus.Target(ratio=0.5))
+    assert model.b.in_features == 4
+
+
 def test_literal_size_freezes_and_names_the_line() -> None:
     """A number in the code keeps the dim, and the reason gives file, line and the cure."""
 

@@ -9,6 +9,7 @@ was read from a shape), an attribute must be set, or (a plain number in the code
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple, TypeAlias
@@ -258,8 +259,9 @@ def _config(module: nn.Module, name: str) -> Any:
     """What a module keeps under ``name``, or hands out there: the same object each time."""
     own = module.__dict__.get(name)
     if own is None and isinstance(getattr(type(module), name, None), property):
-        own = getattr(module, name, None)
-        own = own if own is getattr(module, name, None) else None
+        with suppress(Exception):  # of the property's own code
+            found = getattr(module, name)
+            return found if found is getattr(module, name) else None
     return own
 
 
