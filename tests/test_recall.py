@@ -90,3 +90,25 @@ def test_tensors_made_while_tracing_are_not_remembered() -> None:
     (scores * causal(6).exp()).sum().backward()
     model(INPUT).sum().backward()
     assert scores.grad is not None
+
+
+class Asks(nn.Module):
+    """Asks whether a width is among some, as code that collects features does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x)
+        return self.b(x.relu() if x.shape[-1] in frozenset({16, 32}) else x)
+
+
+@pytest.mark.parametrize(("kind", "times"), [(Asks, 0), (Attention, 1)])
+def test_cached_functions_are_looked_for_only_where_they_may_be_asked(monkeypatch, kind, times) -> None:
+    """A set remembers no answers; looking for what does takes longer than tracing a small model."""
+    found = []
+    recall = prunus.tracing.Recall
+    monkeypatch.setattr("prunus.tracing.Recall", lambda *args: found.append(args) or recall(*args))
+    prunus.DependencyGraph().build_dependency(kind(), INPUT)
+    assert len(found) == times

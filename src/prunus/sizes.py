@@ -8,10 +8,13 @@ was read from a shape), an attribute must be set, or (a plain number in the code
 
 from __future__ import annotations
 
+import dis
+import sys
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
+from types import FrameType
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -26,6 +29,7 @@ class SizeAsKeyError(BaseException):
     """The code looks a size up, perhaps in what a function remembers (see recall.py); no ``except Exception`` of it."""
 
 
+_CONTAINS = dis.opmap["CONTAINS_OP"]
 SMALLEST = 2  # a size of 1 cannot be pruned, so it is never followed
 _HOUSEKEEPING = frozenset(
     [
@@ -186,7 +190,7 @@ class Size(int):
         return not self == other
 
     def __hash__(self) -> int:
-        if not self.ledger.keys_allowed:
+        if not self.ledger.keys_allowed and not _asks_membership(sys._getframe(1)):
             raise SizeAsKeyError
         return int.__hash__(self)
 
@@ -200,6 +204,11 @@ class Size(int):
 
     def __reduce__(self) -> tuple[type[int], tuple[int]]:
         return int, (int(self),)
+
+
+def _asks_membership(frame: FrameType) -> bool:
+    """Whether the code is at an ``in``, which remembers nothing."""
+    return frame.f_code.co_code[frame.f_lasti] == _CONTAINS
 
 
 def expression_of(asked: int) -> Expression:
