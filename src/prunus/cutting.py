@@ -25,7 +25,7 @@ from prunus.pruner import Criterion, score_offer
 from prunus.pruner.beginning import something
 from prunus.pruner.scoring import some_scored
 from prunus.pruner.wishes import Wishes
-from prunus.repair import RepairReport, fold_constants, frozen, may_have_constants
+from prunus.repair import RepairReport, find_constants, fold_constants, frozen, may_have_constants
 from prunus.samples import Samples
 from prunus.selection import Policy, Scores
 from prunus.speed import Timing, spend_time
@@ -195,13 +195,15 @@ class _Round:
         """Remove units, and let the kept weights make up for them: constants exactly, the rest as the data tell."""
         graph, order = self.graph, self.order
         plan, after = graph._plan(units)
-        before = self._before(plan)
+        run = order.forward_fn or call_model
+        suspected = order.folds and may_have_constants(graph.coupling.trace, plan)
+        constants = find_constants(graph.model, order.inputs, run) if suspected else None
         whole = plan if self.samples is None or self.number == 1 else self.plan_of(units)
         receipt = graph._apply(plan, after, optimizer=optimizer)
         report = None
         try:
-            if before is not None:
-                for change in fold_constants(before, graph.model, plan, order.inputs, order.forward_fn or call_model):
+            if constants is not None:
+                for change in fold_constants(constants, graph.model, plan, order.inputs, run):
                     change.do()
                     receipt.changes.append(change)
             if self.samples is not None:
@@ -211,15 +213,6 @@ class _Round:
             receipt.undo()
             raise
         return Done(receipt.plan, receipt, budget, report, note)
-
-    def _before(self, plan: Plan) -> nn.Module | None:
-        """The model as it is before the cut, where some of its channels may be constant."""
-        if not self.order.folds or not may_have_constants(self.graph.coupling.trace, plan):
-            return None
-        try:
-            return frozen(self.graph.model)
-        except InputError:  # it cannot be copied: its constants are lost, as anything is that was removed
-            return None
 
     def _spend(self, wish: Wish, choices: Callable[[int | None], Offered]) -> Found:
         """The units to remove so that budgets are met."""

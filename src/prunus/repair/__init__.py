@@ -1,7 +1,7 @@
 """Repair without training: the layers that read removed channels are refitted in closed form on a few samples."""
 
 from prunus.repair.closed_form import repair
-from prunus.repair.constants import fold_constants
+from prunus.repair.constants import find_constants, fold_constants
 from prunus.repair.report import LayerRepair, RepairReport
 from prunus.repair.samples import Batch, CannotRunError, explained, read
 from prunus.repair.suspects import may_have_constants
@@ -13,6 +13,7 @@ __all__ = [
     "LayerRepair",
     "RepairReport",
     "explained",
+    "find_constants",
     "fold_constants",
     "frozen",
     "may_have_constants",

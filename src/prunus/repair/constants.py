@@ -7,8 +7,8 @@ kernels make of their inputs: what still has one value everywhere depends on no 
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from prunus.repair.chains import Recorder
 from prunus.repair.consumers import Consumer, Cuts, find_consumers
 from prunus.repair.recurrent import Gates
 from prunus.repair.sites import Call
-from prunus.repair.twins import sharing
+from prunus.repair.twins import frozen, sharing
 from prunus.repair.watch import Key, Use, Watch, Weights, guarded
 from prunus.surgery import Change
 from prunus.untouched import untouched
@@ -27,11 +27,46 @@ from prunus.untouched import untouched
 Run = Callable[[nn.Module, Any], Any]
 
 
-def fold_constants(dense: nn.Module, model: nn.Module, plan: Plan, inputs: Any, run: Run) -> list[Change]:
+Known = Mapping[Key, "tuple[Tensor, Tensor]"]  # by multiplication: what it reads at one place, what is so everywhere
+
+
+class Constants(NamedTuple):
+    """A model before it is cut, and what its multiplications read that depends on no input."""
+
+    dense: nn.Module
+    known: Known
+
+
+def find_constants(model: nn.Module, inputs: Any, run: Run) -> Constants | None:
+    """What a model computes that depends on no input; None where all of that is zero, or where nothing can be told.
+
+    Args:
+        model: any module; it is left as it came.
+        inputs: example inputs.
+        run: calls a model on inputs.
+    """
+    try:
+        with untouched(model):
+            first = _constants(model, inputs, run, 1)
+            if not _some(first):
+                return None
+            second = _constants(model, inputs, run, 2)
+        both = {key: (values, same & second[key][1]) for key, (values, same) in first.items() if key in second}
+        known = {key: (values, same & (values == second[key][0])) for key, (values, same) in both.items()}
+        return Constants(frozen(model), known) if _some(known) else None
+    except Exception:  # it does not run on noise, or cannot be copied: constants are lost, as anything that is removed
+        return None
+
+
+def _some(known: Known) -> bool:
+    return any(bool((values[same] != 0).any()) for values, same in known.values())
+
+
+def fold_constants(found: Constants, model: nn.Module, plan: Plan, inputs: Any, run: Run) -> list[Change]:
     """What puts removed constants into the bias of their readers (or into the mean of the batch norm that follows).
 
     Args:
-        dense: the model as it was before the cut.
+        found: of the model as it was before the cut.
         model: the cut model.
         plan: what was cut.
         inputs: example inputs.
@@ -41,19 +76,16 @@ def fold_constants(dense: nn.Module, model: nn.Module, plan: Plan, inputs: Any, 
         changes to be made on ``model``; none where no removed channel is constant.
     """
     try:
-        with untouched(model), untouched(dense):
-            old, new = (_recorded(m, inputs, run) for m in (dense, model))
-            first, second = (_constants(dense, inputs, run, seed) for seed in (1, 2))
-    except Exception:  # a model that does not run on noise: nothing can be told, and nothing is changed
+        with untouched(model), untouched(found.dense):
+            old, new = (_recorded(m, inputs, run) for m in (found.dense, model))
+    except Exception:  # a model that runs only once: nothing is changed
         return []
     weights = Weights(model)
     consumers, _ = find_consumers(plan, weights, old, new, drift=False)
     cuts = Cuts(plan, weights)
-    known = {key: (values, same & second[key][1]) for key, (values, same) in first.items() if key in second}
-    known = {key: (v, same & (v == second[key][0])) for key, (v, same) in known.items()}
     changes = []
     for consumer in consumers:
-        change = _change(consumer, old.uses[consumer.keys[-1]], cuts, known, weights)
+        change = _change(consumer, old.uses[consumer.keys[-1]], cuts, found.known, weights)
         if change is not None:
             changes.append(change)
     return changes
@@ -105,17 +137,15 @@ class _Noise:
 LARGE = 1_000.0
 
 
-def _constants(dense: nn.Module, inputs: Any, run: Run, seed: int) -> dict[Key, tuple[Tensor, Tensor]]:
-    noise, runner = _Noise(seed), sharing(dense)
+def _constants(model: nn.Module, inputs: Any, run: Run, seed: int) -> Known:
+    noise, runner = _Noise(seed), sharing(model)
     other = tree_map(lambda t: noise.like(t) if isinstance(t, Tensor) and t.is_floating_point() else t, inputs)
     with guarded(), Watch(Weights(runner), noise.before, noise.after):
         run(runner, other)
     return noise.found
 
 
-def _change(
-    consumer: Consumer, old: Use, cuts: Cuts, known: dict[Key, tuple[Tensor, Tensor]], weights: Weights
-) -> Change | None:
+def _change(consumer: Consumer, old: Use, cuts: Cuts, known: Known, weights: Weights) -> Change | None:
     """What makes up for the constants among the removed inputs of one consumer."""
     seen = [known.get(key) for key in consumer.keys]
     values = [s for s in seen if s is not None]
