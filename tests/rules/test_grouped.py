@@ -106,3 +106,24 @@ def test_kernels_cut_out_of_vectors_are_followed_or_kept(oracle, size, groups) -
     assert not prunus.DependencyGraph().build_dependency(model, pictures).unsupported
     assert "between.weight:0" not in found.frozen
     assert ("first.weight:0" in found.frozen) == (size == 3)
+
+
+class Standardised(nn.Module):
+    """A convolution whose kernels are standardised, each as one vector, before they are used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.weight = nn.Conv2d(3, 6, 1), nn.Parameter(torch.randn(8, 6, 3, 3))
+        self.last = nn.Conv2d(8, 2, 1)
+
+    def forward(self, x):
+        kernels = self.weight.reshape(1, self.weight.shape[0], -1)
+        kernels = F.batch_norm(kernels, None, None, training=True, momentum=0.0).reshape_as(self.weight)
+        return self.last(F.conv2d(self.first(x), kernels))
+
+
+def test_channels_that_standardised_kernels_make_can_go(oracle) -> None:
+    """Positions inside a kernel are averaged over and stay; whole kernels go."""
+    found = oracle(Standardised(), torch.randn(2, 3, 6, 6))
+    assert "weight:0" not in found.frozen
+    assert "last.weight:1" not in found.frozen

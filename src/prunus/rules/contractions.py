@@ -256,11 +256,12 @@ def convolution(
 
 def _computed(op: Op, weight: Labelled) -> Labelled:
     """A kernel that was cut out of one dim: its channels are numbered anew for each position of the other one."""
-    if any(label is not None and label.context and label.ids.size > LARGEST_CUT for label in weight.dims[:2]) or any(
-        label is not None and label.context for label in weight.dims[2:]
-    ):
-        op.freeze(weight.dims[:2], "kernels of a fixed size, or very many, were cut out of it")
-        return Labelled(weight.shape, (None,) * weight.ndim, weight.source)
+    channels, nothing = weight.dims[:2], (None,) * (weight.ndim - 2)
+    in_parts = any(label is not None and label.context for label in weight.dims[2:])
+    if any(d is not None and d.context and (in_parts or d.ids.size > LARGEST_CUT) for d in channels):
+        op.freeze(channels, "kernels of a fixed size, or very many, were cut out of it")
+        channels = (None, None)
+    weight = Labelled(weight.shape, (*channels, *nothing), weight.source)
     for d in (0, 1):
         weight = Labelled(weight.shape, without_context(op, weight, d), weight.source)
     return weight
