@@ -12,7 +12,6 @@ import torch
 from numpy.typing import NDArray
 
 from prunus.coupling import Coupling, Family, UnitGroup
-from prunus.errors import InputError
 from prunus.labels import Ids
 
 Scores = NDArray[np.float64]  # one for each unit; NaN: not scored
@@ -44,13 +43,7 @@ def score_units(
         if wanted[group.units].any():
             found = score(group)
             if found is not None:
-                values = found.detach().double().cpu().numpy()
-                if values.shape != group.units.shape:
-                    raise InputError(
-                        f"the importance returned {values.shape[0] if values.ndim else 'one'} score(s) for a group of "
-                        f"{len(group.units)}; it must return one for each unit"
-                    )
-                scores[group.units] = values
+                scores[group.units] = found.detach().double().cpu().numpy()
     return scores
 
 
@@ -91,12 +84,12 @@ def rank(family: Family, scores: Scores, living: NDArray[np.bool_]) -> Ranking:
     own = scores[lanes[0] if len(lanes) == 1 else np.concatenate(lanes)]
     if not isfinite(own.sum()):
         own = np.nan_to_num(own, nan=0.0)
-    end = 0
+    begin = 0
     for left, quota in zip(lanes, quotas, strict=True):
-        begin, end = end, end + len(left)
-        order = np.argsort(own[begin:end], kind="stable")[: len(left) // quota * quota]
+        score, begin = own[begin : begin + len(left)], begin + len(left)
+        order = np.argsort(score, kind="stable")[: len(left) // quota * quota]
         parts.append(left[order].reshape(-1, quota))
-        values.append(own[begin:end][order] if quota == 1 else own[begin:end][order].reshape(-1, quota).mean(axis=1))
+        values.append(score[order].reshape(-1, quota).mean(axis=1))
     if len(lanes) == 1:
         return Ranking(family, parts[0], values[0])
     count = min(len(p) for p in parts)

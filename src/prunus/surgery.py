@@ -261,9 +261,7 @@ class _Kept:
         key = removal.size, removal.positions
         if key not in self._found:
             _check_positions(removal)
-            stays = np.ones(removal.size, dtype=bool)
-            stays[list(removal.positions)] = False
-            self._found[key] = torch.from_numpy(np.flatnonzero(stays))
+            self._found[key] = torch.from_numpy(np.delete(np.arange(removal.size), removal.positions))
         return self._found[key]
 
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from prunus.coupling.pieces import Pieces
-from prunus.labels import Ids
+from prunus.coupling.pieces import Pieces, stretches
+from prunus.labels import Ids, distinct
 from prunus.ledger import Product
 
 
@@ -34,6 +34,5 @@ def _breaking(product: Product, pieces: Pieces, taken: Ids, count: int) -> Ids:
     touched = many > 0
     source, first, many = source[touched], first[touched], many[touched]
     spread = np.repeat(source, many)
-    cell = np.arange(spread.size) + np.repeat(first - np.cumsum(many) + many, many)
-    whole = np.isin(spread[:, None] * count + cells[cell, 1:], taken).any(axis=1)
-    return np.unique(spread[~whole])
+    whole = np.isin(spread[:, None] * count + cells[stretches(first, many), 1:], taken).any(axis=1)
+    return distinct(spread[~whole])

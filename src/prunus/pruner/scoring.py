@@ -48,8 +48,9 @@ def score_with(
     def score(group: UnitGroup) -> torch.Tensor | None:
         there = living[group.units]
         left = group.units[there]
+        scores = torch.full((len(there),), float("inf"), dtype=torch.float32)
         if left.size == 0:
-            return torch.full((len(group.units),), float("inf"), dtype=torch.float32)
+            return scores
         root = root_of(graph, left, coupling)
         if root is None:
             return None
@@ -70,7 +71,6 @@ def score_with(
         found = found.detach().float().cpu()
         if len(left) == len(there):
             return found
-        scores = torch.full((len(there),), float("inf"), dtype=torch.float32)
         scores[torch.from_numpy(there)] = found
         return scores
 

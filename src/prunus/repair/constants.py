@@ -25,8 +25,6 @@ from prunus.surgery import Change
 from prunus.untouched import untouched
 
 Run = Callable[[nn.Module, Any], Any]
-
-
 Known = Mapping[Key, "tuple[Tensor, Tensor]"]  # by multiplication: what it reads at one place, what is so everywhere
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from prunus.held import Held
@@ -53,15 +54,11 @@ def may_have_constants(trace: Trace, plan: Plan) -> bool:
 def _removes_zeros(held: Held, removal: Removal) -> bool:
     """Whether a row of zeros of some layer goes, or a weight of zero of some norm."""
     values = held.tensor.detach()
-    if (
-        values.is_meta
-        or not values.is_floating_point()
-        or (values.dim() == 1 and not removal.tensor.endswith("weight"))
-    ):
+    if values.is_meta or values.layout is not torch.strided or not values.is_floating_point():
         return False
-    first = values.as_strided(
-        values.shape[removal.dim : removal.dim + 1], values.stride()[removal.dim : removal.dim + 1]
-    )
+    if values.dim() == 1 and not removal.tensor.endswith("weight"):
+        return False
+    first = values.as_strided((values.shape[removal.dim],), (values.stride(removal.dim),))
     if first.all():  # few rows begin with zero
         return False
     zeros = set((first == 0).nonzero().flatten().tolist())
