@@ -250,3 +250,5 @@ _READERS: dict[str, Callable[[Mapping[str, Any]], Call | None]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _conv_transpose),
 }
+MULTIPLICATIONS = frozenset(_READERS)
+"""The ops that :func:`parse` reads."""

@@ -2,23 +2,41 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from prunus.held import Held
 from prunus.modes import Event
 from prunus.plan import Plan, Removal
+from prunus.repair.chains import BATCH_NORMS
+from prunus.repair.sites import MULTIPLICATIONS
 from prunus.rules.table import MOVES
 from prunus.tracing import Trace
 
 _SUMS = frozenset(["add", "sub", "rsub"])
+_NO_READERS = frozenset([*_SUMS, "mul"])
+"""Ops that have no bias into which a constant could go, whatever tensors of the model they read."""
 _KEEPS = frozenset([*_SUMS, *MOVES, "cat", "stack", "embedding", "copy"])
 """Ops that do not make a constant of what varies, whatever zeros are in the tensors of the model that they read."""
+_KEEPS_ZEROS = frozenset(
+    [
+        *(*MOVES, "cat", "stack", "mul", "mean", "sum", "dropout"),
+        *("relu", "gelu", "silu", "leaky_relu", "tanh", "hardswish", "avg_pool2d", "max_pool2d", "adaptive_avg_pool2d"),
+    ]
+)
+"""Ops that make zeros of zeros."""
+_AFFINE = frozenset([*BATCH_NORMS, *MULTIPLICATIONS, "layer_norm", "group_norm", "mul"])
+"""Ops that multiply by a tensor of the model, and add nothing but other tensors that they read."""
 UNKNOWN = -1  # the source of a tensor that no recorded op makes
+VARIES, ZERO, CONSTANT = range(3)  # what the channels that stem from removed rows of zeros are; of several, the largest
+_Zeros = Mapping[int, Mapping[int, Sequence[int]]]  # by tensor of the model and dim: the removed rows
 
 
 def may_have_constants(trace: Trace, plan: Plan) -> bool:
-    """Whether something that the plan cuts reads channels that stem from a removed row of zeros alone.
+    """Whether something that the plan cuts reads channels that stem from a removed row of zeros alone, and are not 0.
 
     A row of zeros makes a constant of what is multiplied by it; nothing does that varies is added to (a residual sum).
 
@@ -27,45 +45,103 @@ def may_have_constants(trace: Trace, plan: Plan) -> bool:
         plan: what is to be removed.
     """
     index = {held.name: k for k, held in enumerate(trace.held)}
-    zeros: dict[int, list[int]] = {}
-    for removal in plan.removals:
-        k = index.get(removal.tensor)
-        if k is not None and isinstance(trace.held[k].tensor, nn.Parameter) and _removes_zeros(trace.held[k], removal):
-            zeros.setdefault(k, []).append(removal.dim)
+    removals = [(k, removal) for removal in plan.removals if (k := index.get(removal.tensor)) is not None]
+    zeros = _zero_rows(trace.held, removals)
     if not zeros:
         return False
-    cut = {index[r.tensor] for r in plan.removals if r.tensor in index}
+    cut = {k for k, _ in removals}
     origins: list[int] = []  # of what each step makes: the step, or the tensor of the model of which it is a view
-    constant: list[bool] = []  # by step
+    states: list[int] = []  # by step
     for step, event in enumerate(trace.events):
         read = [origins[t.source] if t.source >= 0 else t.source for t in event.inputs]
-        computed = [constant[source] for source in read if source >= 0]
-        if any(computed) and any(t.ndim > 1 and -2 - s in cut for t, s in zip(event.inputs, read, strict=True)):
+        computed = [states[source] for source in read if source >= 0]
+        if (
+            CONSTANT in computed
+            and event.name not in _NO_READERS
+            and any(t.ndim > 1 and -2 - s in cut for t, s in zip(event.inputs, read, strict=True))
+        ):
             return True
         origins.append(read[0] if event.name in MOVES and read and read[0] != UNKNOWN else step)
-        if event.name in _SUMS:
-            constant.append(bool(computed) and all(computed))
-        else:
-            own = () if event.name in _KEEPS else [(-2 - s, dim) for s in read for dim in zeros.get(-2 - s, ())]
-            constant.append(any(computed) or any(_makes(event, trace.held[k], dim) for k, dim in own))
+        passed = _passed_on(event, read, computed, trace.held)
+        states.append(passed if event.name in _KEEPS else max(passed, _made(event, read, trace.held, zeros)))
     return False
 
 
-def _removes_zeros(held: Held, removal: Removal) -> bool:
-    """Whether a row of zeros of some layer goes, or a weight of zero of some norm."""
-    values = held.tensor.detach()
-    if values.is_meta or values.layout is not torch.strided or not values.is_floating_point():
+def _passed_on(event: Event, read: Sequence[int], computed: Sequence[int], held: Sequence[Held]) -> int:
+    """What becomes of the constants that an op reads."""
+    if event.name in _SUMS:
+        if not computed or VARIES in computed:
+            return VARIES
+        return max(computed) if len(computed) == len(event.inputs) > 1 else CONSTANT
+    found = max(computed, default=VARIES)
+    if event.name in MULTIPLICATIONS and any(
+        s < UNKNOWN and t.ndim == held[-2 - s].tensor.dim() > 1 and isinstance(held[-2 - s].tensor, nn.Parameter)
+        for t, s in zip(event.inputs, read, strict=True)
+    ):
+        return VARIES  # what matrices make of constants counts as varying (see constants.py)
+    return CONSTANT if found and event.name not in _KEEPS_ZEROS else found
+
+
+def _made(event: Event, read: Sequence[int], held: Sequence[Held], zeros: _Zeros) -> int:
+    """What an op makes of rows of zeros that it reads."""
+    own = [(-2 - s, dim, rows) for s in read for dim, rows in zeros.get(-2 - s, {}).items()]
+    return max(
+        (_value(event, read, held, k, dim, rows) for k, dim, rows in own if _makes(event, held[k], dim)), default=VARIES
+    )
+
+
+def _value(event: Event, read: Sequence[int], held: Sequence[Held], k: int, dim: int, rows: Sequence[int]) -> int:
+    """Zero, if all that the op can add to its products with these rows is zero there too; else some constant."""
+    if event.name not in _AFFINE:
+        return CONSTANT
+    others = [held[-2 - s].tensor for s in read if s < UNKNOWN and -2 - s != k]
+    if event.name in BATCH_NORMS:  # statistics are not added to products with zero
+        others = [tensor for tensor in others if isinstance(tensor, nn.Parameter)]
+    alike = all(tensor.shape == (held[k].tensor.shape[dim],) for tensor in others)
+    return ZERO if alike and not any(tensor.detach()[rows].any() for tensor in others) else CONSTANT
+
+
+@torch.no_grad()
+def _zero_rows(held: Sequence[Held], removals: Sequence[tuple[int, Removal]]) -> _Zeros:
+    """The removed rows, along any dim of a parameter, that are zeros of some layer, or weights of zero of some norm."""
+    alike: dict[tuple[torch.device, torch.dtype], list[tuple[int, Removal]]] = {}
+    for k, removal in removals:
+        tensor = held[k].tensor
+        if isinstance(tensor, nn.Parameter) and _can_make_zeros(tensor, removal):
+            alike.setdefault((tensor.device, tensor.dtype), []).append((k, removal))
+    found: dict[int, dict[int, list[int]]] = {}
+    for some in alike.values():
+        firsts = torch.cat([_firsts(held[k].tensor, removal.dim) for k, removal in some])
+        zeros = (firsts == 0).nonzero().flatten().tolist()  # few rows begin with zero
+        begin = 0
+        for k, removal in some:
+            end = begin + removal.size
+            here = {z - begin for z in zeros[bisect_left(zeros, begin) : bisect_left(zeros, end)]}
+            rows = [p for p in removal.positions if p in here] if here else []
+            rows = [rows[z] for z in _all_zero(held[k].tensor, removal.dim, rows)] if rows else rows
+            if rows:
+                found.setdefault(k, {})[removal.dim] = rows
+            begin = end
+    return found
+
+
+def _can_make_zeros(tensor: Tensor, removal: Removal) -> bool:
+    if tensor.dim() == 1 and not removal.tensor.endswith("weight"):
         return False
-    if values.dim() == 1 and not removal.tensor.endswith("weight"):
-        return False
-    first = values.as_strided((values.shape[removal.dim],), (values.stride(removal.dim),))
-    if first.all():  # few rows begin with zero
-        return False
-    zeros = set((first == 0).nonzero().flatten().tolist())
-    rows = [k for k in removal.positions if k in zeros]
-    if not rows:
-        return False
-    return bool((values.movedim(removal.dim, 0)[rows] == 0).reshape(len(rows), -1).all(1).any())
+    return not tensor.is_meta and tensor.layout is torch.strided and tensor.is_floating_point()
+
+
+def _firsts(tensor: Tensor, dim: int) -> Tensor:
+    """The first entry of each row along a dim."""
+    return tensor if tensor.dim() == 1 else tensor.as_strided((tensor.shape[dim],), (tensor.stride(dim),))
+
+
+def _all_zero(tensor: Tensor, dim: int, rows: Sequence[int]) -> list[int]:
+    """Which of some rows that begin with zero hold nothing else."""
+    if tensor.dim() == 1:
+        return list(range(len(rows)))
+    found: list[int] = (tensor.movedim(dim, 0)[rows] == 0).reshape(len(rows), -1).all(1).nonzero().flatten().tolist()
+    return found
 
 
 def _makes(event: Event, held: Held, dim: int) -> bool:
