@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
 
 import pytest
 import torch
@@ -131,7 +130,7 @@ def test_fault_at_every_change_leaves_the_model_as_it_was(monkeypatch) -> None:
 
         def broken(*args, k=k):
             changes = prepare(*args)
-            changes[k] = replace(changes[k], do=fail)
+            changes[k] = changes[k]._replace(do=fail)
             return changes
 
         monkeypatch.setattr(surgery, "_prepare", broken)

@@ -17,7 +17,7 @@ from prunus.swapping import put
 
 def tensor_removals(plan: Plan) -> list[Removal]:
     """The removals that surgery makes itself."""
-    return [r for r in plan.removals if r.tensor.rpartition(".")[2] != CHANNELS]
+    return [r for r in plan.removals if not r.tensor.endswith(CHANNELS)]
 
 
 def layer_cuts(
@@ -30,9 +30,8 @@ def layer_cuts(
     """
     by_layer: dict[str, list[Removal]] = {}
     for removal in plan.removals:
-        path, _, name = removal.tensor.rpartition(".")
-        if name == CHANNELS:
-            by_layer.setdefault(path, []).append(removal)
+        if removal.tensor.endswith(CHANNELS):
+            by_layer.setdefault(removal.tensor.rpartition(".")[0], []).append(removal)
     if not by_layer:
         return []
     given = {layer.path: layer.pruner for layer in find_customized(model, pruners)}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -113,12 +113,18 @@ _NO_TENSOR = frozenset({bool, int, float, str, dict, list, tuple, set, OrderedDi
 Modules = list[tuple[str, nn.Module]]  # every path of every module
 
 
-def own_tensors(module: nn.Module) -> Iterator[tuple[str, str, torch.Tensor]]:
+def own_tensors(module: nn.Module) -> list[tuple[str, str, torch.Tensor]]:
     """The tensors that a module keeps itself: parameter, buffer or attribute, the name, the tensor."""
-    for kind, fields in (("parameter", module._parameters), ("buffer", module._buffers), ("attribute", vars(module))):
-        for name, value in fields.items():
-            if type(value) not in _NO_TENSOR and isinstance(value, torch.Tensor):  # most types are told by a look
-                yield kind, name, value
+    return [
+        (kind, name, value)
+        for kind, fields in (
+            ("parameter", module._parameters),
+            ("buffer", module._buffers),
+            ("attribute", vars(module)),
+        )
+        for name, value in fields.items()
+        if type(value) not in _NO_TENSOR and isinstance(value, torch.Tensor)  # most types are told by a look
+    ]
 
 
 def held_tensors(modules: Modules) -> tuple[list[Held], dict[int, int]]:
@@ -142,7 +148,7 @@ def held_tensors(modules: Modules) -> tuple[list[Held], dict[int, int]]:
             if k is None:
                 if is_lazy(tensor):
                     raise InputError(f"{path}.{name} is not initialised yet: run the model once before pruning it")
-                twins = by_memory.setdefault(_address(tensor), [])
+                twins = by_memory.setdefault(address(tensor), [])
                 k = next((t for t in twins if _same_view(held[t].tensor, tensor)), len(held))
                 index[id(tensor)] = k
                 if k == len(held):
@@ -152,7 +158,7 @@ def held_tensors(modules: Modules) -> tuple[list[Held], dict[int, int]]:
     return held, index
 
 
-def _address(tensor: torch.Tensor) -> int:
+def address(tensor: torch.Tensor) -> int:
     """Where the values are; a number of its own for a tensor that has none in memory."""
     return (tensor.layout is torch.strided and tensor.data_ptr()) or -id(tensor)
 

@@ -12,10 +12,8 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 def mirrored(module: nn.Module) -> dict[str, Any]:
     """What the size attributes of a ``torch.nn`` module must be, given its tensors (nothing for other modules)."""
-    for kind, sizes in _MIRRORED.items():
-        if isinstance(module, kind):
-            return sizes(module)
-    return {}
+    sizes = next((_MIRRORED[kind] for kind in type(module).__mro__ if kind in _MIRRORED), None)
+    return {} if sizes is None else sizes(module)
 
 
 def _conv(m: Any) -> dict[str, Any]:

@@ -8,7 +8,7 @@ everything, bit for bit, because the old tensors were never written to.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeAlias
 
@@ -22,7 +22,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from prunus.containers import container_swaps
 from prunus.errors import InputError, SurgeryError
 from prunus.handlers import layer_cuts, tensor_removals
-from prunus.held import layer_of, own_tensors, submodule
+from prunus.held import address, layer_of, own_tensors, submodule
 from prunus.mirrors import mirrored
 from prunus.plan import Mirror, Plan, Removal, Scaling
 from prunus.sizes import attribute_home
@@ -30,8 +30,7 @@ from prunus.swapping import put
 from prunus.untouched import untouched
 
 
-@dataclass(frozen=True)
-class Change:
+class Change(NamedTuple):
     """One reference that is swapped: ``do`` and ``undo`` cannot fail on their own."""
 
     do: Callable[[], None]
@@ -86,7 +85,7 @@ def apply(
     receipt = Receipt(plan)
     places, targets = _places(model), _targets(model, plan)
     changes = _prepare(model, plan, optimizer, targets, places)
-    layers = _cut_layers(targets, places)
+    layers = _cut_layers(model, targets, places)
     changes += [Change(cut.do, cut.undo) for cut in layer_cuts(model, plan, customized_pruners or {}, optimizer)]
     drops = [Change(swap.do, swap.undo) for swap in container_swaps(model, plan, optimizer)]
     try:
@@ -147,7 +146,18 @@ def _targets(model: nn.Module, plan: Plan) -> list[_Target]:
     for scaling in plan.scalings:
         removals.setdefault(scaling.tensor, [])
         scalings.setdefault(scaling.tensor, []).append(scaling)
-    return [_Target(_tensor(model, name, own), own, scalings.get(name, [])) for name, own in removals.items()]
+    modules: dict[str, nn.Module] = {}
+    found = []
+    for name, own in removals.items():
+        path, _, key = name.rpartition(".")
+        try:
+            module = modules[path] if path in modules else modules.setdefault(path, submodule(model, path))
+            tensor = getattr(module, key)
+        except AttributeError as error:
+            raise SurgeryError(f"the model has no tensor {name}: the plan was made for another model") from error
+        _check(tensor, module, name, own)
+        found.append(_Target(tensor, own, scalings.get(name, [])))
+    return found
 
 
 @torch.no_grad()
@@ -169,10 +179,11 @@ def _prepare(
             if spot.kind != "parameter":  # that is cut through its data
                 fields = spot.module._buffers if spot.kind == "buffer" else vars(spot.module)
                 changes.append(_swap_key(fields, spot.name, new))
-        for twin in twins.get(_memory(tensor), ()) if isinstance(tensor, nn.Parameter) else ():
-            changes += _swap_data(twin, new, cut)
-            if optimizer is not None:
-                changes += _swap_state(optimizer, twin, cut)
+        for twin in twins.get(address(tensor), ()) if isinstance(tensor, nn.Parameter) else ():
+            if twin is tensor or (twin.shape == tensor.shape and twin.stride() == tensor.stride()):
+                changes.append(_swap_data(twin, new, cut))
+                if optimizer is not None:
+                    changes += _swap_state(optimizer, twin, cut)
     return changes + _swap_settings(model, plan)
 
 
@@ -193,43 +204,30 @@ def _swap_settings(model: nn.Module, plan: Plan) -> list[Change]:
     return changes
 
 
-def _twins(places: _Places) -> dict[Any, list[nn.Parameter]]:
-    """The parameters by what is equal for those over the same memory."""
-    found: dict[Any, list[nn.Parameter]] = {}
+def _twins(places: _Places) -> dict[int, list[nn.Parameter]]:
+    """The parameters by where their memory begins: those of one shape over the same memory are one tensor."""
+    found: dict[int, list[nn.Parameter]] = {}
     for first, *_ in places.values():
         if isinstance(first.tensor, nn.Parameter):
-            found.setdefault(_memory(first.tensor), []).append(first.tensor)
+            found.setdefault(address(first.tensor), []).append(first.tensor)
     return found
 
 
-def _memory(tensor: torch.Tensor) -> Any:
-    """Equal for parameters over the same memory, which are one tensor by two names."""
-    if tensor.device.type == "meta" or tensor.numel() == 0:
-        return id(tensor)
-    return tensor.data_ptr(), tensor.shape, tensor.stride()
-
-
-def _tensor(model: nn.Module, name: str, removals: list[Removal]) -> torch.Tensor:
-    """The tensor of that name, after checking that the plan fits it."""
-    path, _, key = name.rpartition(".")
-    try:
-        module = submodule(model, path)
-        tensor = getattr(module, key)
-    except AttributeError as error:
-        raise SurgeryError(f"the model has no tensor {name}: the plan was made for another model") from error
+def _check(tensor: Any, module: nn.Module, name: str, removals: Sequence[Removal]) -> None:
+    """Refuse a tensor that the plan does not fit."""
     if not isinstance(tensor, torch.Tensor):
         raise SurgeryError(f"{name} is no tensor in this model: the plan was made for another model")
-    if "parametrizations" in module._modules and parametrize.is_parametrized(module, key):
+    if "parametrizations" in module._modules and parametrize.is_parametrized(module, name.rpartition(".")[2]):
         raise SurgeryError(f"{name} is parametrised; call torch.nn.utils.parametrize.remove_parametrizations first")
     if tensor.is_quantized or tensor.layout != torch.strided:
         raise SurgeryError(f"{name} is quantised or sparse; prune the float model before you convert it")
+    shape = tensor.shape
     for removal in removals:
-        if removal.dim >= tensor.dim() or tensor.shape[removal.dim] != removal.size:
+        if removal.dim >= len(shape) or shape[removal.dim] != removal.size:
             raise SurgeryError(
-                f"{name} has shape {tuple(tensor.shape)}, the plan needs {removal.size} along dim {removal.dim}: "
+                f"{name} has shape {tuple(shape)}, the plan needs {removal.size} along dim {removal.dim}: "
                 "the model was changed since the graph was built; build the graph again"
             )
-    return tensor
 
 
 def _scaled(tensor: torch.Tensor, scalings: Sequence[Scaling]) -> torch.Tensor:
@@ -282,7 +280,7 @@ def _cutter(removals: Sequence[Removal], kept: _Kept) -> Callable[[torch.Tensor]
         out = tensor.detach()
         for dim, index in stay:
             out = out.index_select(dim, index.to(tensor.device))
-        if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous():
+        if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
             return out.contiguous(memory_format=torch.channels_last)
         return out.contiguous()
 
@@ -314,10 +312,10 @@ def _swap_item(fields: dict[str, Any], key: str, index: int, value: int) -> Chan
     return Change(do, lambda: fields.__setitem__(key, before.pop()))
 
 
-def _swap_data(parameter: nn.Parameter, new: torch.Tensor, cut: Callable[[torch.Tensor], torch.Tensor]) -> list[Change]:
+def _swap_data(parameter: nn.Parameter, new: torch.Tensor, cut: Callable[[torch.Tensor], torch.Tensor]) -> Change:
     old, old_grad = parameter.data, parameter.grad
     grad = cut(old_grad) if old_grad is not None else None
-    return [Change(lambda: put(parameter, new, grad), lambda: put(parameter, old, old_grad))]
+    return Change(lambda: put(parameter, new, grad), lambda: put(parameter, old, old_grad))
 
 
 def _swap_state(
@@ -329,17 +327,21 @@ def _swap_state(
     return [_swap_key(state, key, cut(value)) for key, value in fits.items()]
 
 
-def _cut_layers(targets: Sequence[_Target], places: _Places) -> list[str]:
-    """The paths of the layers that use a tensor which changes."""
-    spots = (spot for target in targets for spot in places[id(target.tensor)])
-    return sorted({layer_of(spot.path) for spot in spots if spot.kind != "attribute"})
+def _cut_layers(model: nn.Module, targets: Sequence[_Target], places: _Places) -> dict[str, nn.Module]:
+    """The layers that use a tensor which changes, by path."""
+    found: dict[str, nn.Module] = {}
+    for target in targets:
+        for path, module, kind, *_ in places[id(target.tensor)]:
+            if kind != "attribute" and path not in found:
+                layer = layer_of(path)
+                found[layer] = module if layer == path else submodule(model, layer)
+    return found
 
 
-def _recomputed(model: nn.Module, plan: Plan, layers: Sequence[str]) -> list[Change]:
+def _recomputed(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module]) -> list[Change]:
     """Weights that a hook computes before each forward, of the (already cut) tensors."""
     changes = []
-    for path in layers:
-        module = submodule(model, path)
+    for module in layers.values():
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, (WeightNorm, SpectralNorm)):
                 iterate = {"do_power_iteration": False} if isinstance(hook, SpectralNorm) else {}
@@ -348,20 +350,20 @@ def _recomputed(model: nn.Module, plan: Plan, layers: Sequence[str]) -> list[Cha
     return changes
 
 
-def _mirror_changes(model: nn.Module, plan: Plan, layers: Sequence[str]) -> list[Change]:
+def _mirror_changes(model: nn.Module, plan: Plan, layers: Mapping[str, nn.Module]) -> list[Change]:
     """Attributes that repeat a width of the (already cut) tensors."""
     changes = [_mirror(model, mirror) for mirror in plan.mirrors]
-    for path in sorted({*layers, *(setting.path for setting in plan.settings)}):
-        module = submodule(model, path)
-        computed = "parametrizations" in module._modules  # reading may change what it is computed from
-        with untouched(module) if computed else nullcontext():
+    others = {path: submodule(model, path) for s in plan.settings if (path := s.path) not in layers}
+    for path, module in (*layers.items(), *others.items()):
+        if "parametrizations" in module._modules:  # reading may change what it is computed from
+            with untouched(module):
+                sizes = mirrored(module)
+        else:
             sizes = mirrored(module)
-        for key, value in sizes.items():
-            if key in module.__dict__ and module.__dict__[key] != value:
-                changes.append(_swap_key(module.__dict__, key, value))
+        fields = module.__dict__
+        changes += [_swap_key(fields, key, value) for key, value in sizes.items() if fields.get(key, value) != value]
         parent, _, child = path.rpartition(".")
-        if child == "out_proj" and isinstance(submodule(model, parent), nn.MultiheadAttention):
-            attention = submodule(model, parent)
+        if child == "out_proj" and isinstance(attention := submodule(model, parent), nn.MultiheadAttention):
             changes += [_swap_key(attention.__dict__, k, v) for k, v in mirrored(attention).items()]
     return changes
 

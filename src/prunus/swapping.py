@@ -25,7 +25,8 @@ def put(tensor: torch.Tensor, data: torch.Tensor, grad: torch.Tensor | None) -> 
         other = torch.float16 if tensor.dtype == torch.float32 else torch.float32
         tensor.data = data.new_empty(0, dtype=other)
     tensor.data = data
-    tensor.grad = grad
+    if grad is not None:
+        tensor.grad = grad
 
 
 __all__ = ["put"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -46,7 +45,7 @@ def may_have_constants(trace: Trace, plan: Plan) -> bool:
     """
     index = {held.name: k for k, held in enumerate(trace.held)}
     removals = [(k, removal) for removal in plan.removals if (k := index.get(removal.tensor)) is not None]
-    zeros = _zero_rows(trace.held, removals)
+    zeros = _zero_rows(trace, removals)
     if not zeros:
         return False
     cut = {k for k, _ in removals}
@@ -101,47 +100,35 @@ def _value(event: Event, read: Sequence[int], held: Sequence[Held], k: int, dim:
     return ZERO if alike and not any(tensor.detach()[rows].any() for tensor in others) else CONSTANT
 
 
-@torch.no_grad()
-def _zero_rows(held: Sequence[Held], removals: Sequence[tuple[int, Removal]]) -> _Zeros:
+def _zero_rows(trace: Trace, removals: Sequence[tuple[int, Removal]]) -> _Zeros:
     """The removed rows, along any dim of a parameter, that are zeros of some layer, or weights of zero of some norm."""
-    alike: dict[tuple[torch.device, torch.dtype], list[tuple[int, Removal]]] = {}
-    for k, removal in removals:
-        tensor = held[k].tensor
-        if isinstance(tensor, nn.Parameter) and _can_make_zeros(tensor, removal):
-            alike.setdefault((tensor.device, tensor.dtype), []).append((k, removal))
+    only_read = trace.ledger.only_read  # inputs of a layer, of which zeros make no constant
     found: dict[int, dict[int, list[int]]] = {}
-    for some in alike.values():
-        firsts = torch.cat([_firsts(held[k].tensor, removal.dim) for k, removal in some])
-        zeros = (firsts == 0).nonzero().flatten().tolist()  # few rows begin with zero
-        begin = 0
-        for k, removal in some:
-            end = begin + removal.size
-            here = {z - begin for z in zeros[bisect_left(zeros, begin) : bisect_left(zeros, end)]}
-            rows = [p for p in removal.positions if p in here] if here else []
-            rows = [rows[z] for z in _all_zero(held[k].tensor, removal.dim, rows)] if rows else rows
-            if rows:
-                found.setdefault(k, {})[removal.dim] = rows
-            begin = end
+    for k, removal in removals:
+        held = trace.held[k]
+        if held.starts[removal.dim] in only_read or not isinstance(held.tensor, nn.Parameter):
+            continue
+        rows = _removed_zeros(held.tensor.detach(), removal)
+        if rows:
+            found.setdefault(k, {})[removal.dim] = rows
     return found
 
 
-def _can_make_zeros(tensor: Tensor, removal: Removal) -> bool:
-    if tensor.dim() == 1 and not removal.tensor.endswith("weight"):
-        return False
-    return not tensor.is_meta and tensor.layout is torch.strided and tensor.is_floating_point()
-
-
-def _firsts(tensor: Tensor, dim: int) -> Tensor:
-    """The first entry of each row along a dim."""
-    return tensor if tensor.dim() == 1 else tensor.as_strided((tensor.shape[dim],), (tensor.stride(dim),))
-
-
-def _all_zero(tensor: Tensor, dim: int, rows: Sequence[int]) -> list[int]:
-    """Which of some rows that begin with zero hold nothing else."""
-    if tensor.dim() == 1:
-        return list(range(len(rows)))
-    found: list[int] = (tensor.movedim(dim, 0)[rows] == 0).reshape(len(rows), -1).all(1).nonzero().flatten().tolist()
-    return found
+def _removed_zeros(values: Tensor, removal: Removal) -> list[int]:
+    """Which of the rows that go hold nothing but zeros."""
+    if values.is_meta or values.layout is not torch.strided or not values.is_floating_point():
+        return []
+    if values.dim() == 1 and not removal.tensor.endswith("weight"):
+        return []
+    first = values.as_strided((values.shape[removal.dim],), (values.stride(removal.dim),))
+    if first.all():  # few rows begin with zero
+        return []
+    zeros = set((first == 0).nonzero().flatten().tolist())
+    rows = [p for p in removal.positions if p in zeros]
+    if values.dim() == 1 or not rows:
+        return rows
+    whole = (values.movedim(removal.dim, 0)[rows] == 0).reshape(len(rows), -1).all(1).tolist()
+    return [p for p, zero in zip(rows, whole, strict=True) if zero]
 
 
 def _makes(event: Event, held: Held, dim: int) -> bool:
