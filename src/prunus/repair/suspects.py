@@ -31,7 +31,7 @@ _AFFINE = frozenset([*BATCH_NORMS, *MULTIPLICATIONS, "layer_norm", "group_norm",
 """Ops that multiply by a tensor of the model, and add nothing but other tensors that they read."""
 UNKNOWN = -1  # the source of a tensor that no recorded op makes
 VARIES, ZERO, CONSTANT = range(3)  # what the channels that stem from removed rows of zeros are; of several, the largest
-_Zeros = Mapping[int, Mapping[int, Sequence[int]]]  # by tensor of the model and dim: the removed rows
+_Zeros = Mapping[int, Mapping[int, Sequence[int]]]  # by source (a tensor of the model) and dim: the removed rows
 
 
 def may_have_constants(trace: Trace, plan: Plan) -> bool:
@@ -61,32 +61,30 @@ def may_have_constants(trace: Trace, plan: Plan) -> bool:
         ):
             return True
         origins.append(read[0] if event.name in MOVES and read and read[0] != UNKNOWN else step)
-        passed = _passed_on(event, read, computed, trace.held)
-        states.append(passed if event.name in _KEEPS else max(passed, _made(event, read, trace.held, zeros)))
+        passed = _passed_on(event, read, computed, trace.held) if any(computed) else VARIES
+        own = [s for s in read if s in zeros] if event.name not in _KEEPS else []
+        states.append(max(passed, _made(event, read, own, trace.held, zeros)) if own else passed)
     return False
 
 
 def _passed_on(event: Event, read: Sequence[int], computed: Sequence[int], held: Sequence[Held]) -> int:
     """What becomes of the constants that an op reads."""
     if event.name in _SUMS:
-        if not computed or VARIES in computed:
+        if VARIES in computed:
             return VARIES
         return max(computed) if len(computed) == len(event.inputs) > 1 else CONSTANT
-    found = max(computed, default=VARIES)
     if event.name in MULTIPLICATIONS and any(
         s < UNKNOWN and t.ndim == held[-2 - s].tensor.dim() > 1 and isinstance(held[-2 - s].tensor, nn.Parameter)
         for t, s in zip(event.inputs, read, strict=True)
     ):
         return VARIES  # what matrices make of constants counts as varying (see constants.py)
-    return CONSTANT if found and event.name not in _KEEPS_ZEROS else found
+    return max(computed) if event.name in _KEEPS_ZEROS else CONSTANT
 
 
-def _made(event: Event, read: Sequence[int], held: Sequence[Held], zeros: _Zeros) -> int:
-    """What an op makes of rows of zeros that it reads."""
-    own = [(-2 - s, dim, rows) for s in read for dim, rows in zeros.get(-2 - s, {}).items()]
-    return max(
-        (_value(event, read, held, k, dim, rows) for k, dim, rows in own if _makes(event, held[k], dim)), default=VARIES
-    )
+def _made(event: Event, read: Sequence[int], own: Sequence[int], held: Sequence[Held], zeros: _Zeros) -> int:
+    """What an op makes of rows of zeros of its ``own``, the tensors of the model that have some."""
+    rows = ((-2 - s, dim, rows) for s in own for dim, rows in zeros[s].items())
+    return max((_value(event, read, held, *r) for r in rows if _makes(event, held[r[0]], r[1])), default=VARIES)
 
 
 def _value(event: Event, read: Sequence[int], held: Sequence[Held], k: int, dim: int, rows: Sequence[int]) -> int:
@@ -110,7 +108,7 @@ def _zero_rows(trace: Trace, removals: Sequence[tuple[int, Removal]]) -> _Zeros:
             continue
         rows = _removed_zeros(held.tensor.detach(), removal)
         if rows:
-            found.setdefault(k, {})[removal.dim] = rows
+            found.setdefault(-2 - k, {})[removal.dim] = rows
     return found
 
 
