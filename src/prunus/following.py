@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-
-import numpy as np
-from numpy.typing import NDArray
+from collections.abc import Callable
 
 from prunus.coupling import Coupling
 from prunus.errors import SurgeryError
-from prunus.labels import Ids, surviving
+from prunus.labels import Ids
 from prunus.sizes import Attribute, Extent, expression_of, leaves, read_attribute
 from prunus.solving import evaluate, solve_all
 
 TINY = 1e-6
 
 
-def followed(coupling: Coupling, alive: NDArray[np.bool_]) -> Iterator[tuple[Attribute, int]]:
-    """The attributes that change when only the ``alive`` atoms are left, each with its new value.
+def followed(coupling: Coupling, count: Callable[[Ids], int]) -> list[tuple[Attribute, int]]:
+    """The attributes that change when of some ids as many atoms are left as ``count`` says, each with its new value.
 
     Raises:
         SurgeryError: a size cannot be what the code needs, or the code would take another path.
@@ -27,8 +24,8 @@ def followed(coupling: Coupling, alive: NDArray[np.bool_]) -> Iterator[tuple[Att
     def read(attribute: Attribute) -> int:
         return read_attribute(coupling.trace.model, attribute)
 
-    demands = [(expression_of(r.asked), surviving(alive, r.ids)) for r in requirements]
-    solved, values = solve_all(demands, lambda ids: surviving(alive, ids), read, bending=True)
+    demands = [(expression_of(r.asked), count(r.ids)) for r in requirements]
+    solved, values = solve_all(demands, count, read, bending=True)
     for requirement, (expression, size), value in zip(requirements, demands, values, strict=True):
         if size == 0 and requirement.ids.size:
             raise SurgeryError(f"a part sized by {expression} would lose its last position; remove fewer")
@@ -45,9 +42,8 @@ def followed(coupling: Coupling, alive: NDArray[np.bool_]) -> Iterator[tuple[Att
         for one, other in (pair, pair[::-1]):  # nothing but the comparison is known of the other
             if one in solved and other not in asked:
                 solved[other] = solved[one]
-    _keep_apart(coupling, solved, asked, lambda ids: surviving(alive, ids))
-    changed = ((a, round(v)) for a, v in solved.items() if round(v) != read(a))
-    return iter(list(changed))
+    _keep_apart(coupling, solved, asked, count)
+    return [(a, round(v)) for a, v in solved.items() if round(v) != read(a)]
 
 
 def _keep_apart(

@@ -100,12 +100,15 @@ class Held(NamedTuple):
 
     def left(self, alive: NDArray[np.bool_]) -> list[int]:
         """The shape of the tensor with only the ``alive`` atoms."""
-        sizes = [
-            int(np.count_nonzero(alive[start : start + n])) if start >= 0 else n
-            for n, start in zip(self.shape, self.starts, strict=True)
-        ]
+        counted = (self, *(channels for _, channels, _, _ in self.follows or ()))
+        dims = ((start, n) for held in counted for start, n in zip(held.starts, held.shape, strict=True) if start >= 0)
+        return self.of_widths({start: int(np.count_nonzero(alive[start : start + n])) for start, n in dims})
+
+    def of_widths(self, widths: Mapping[int, int]) -> list[int]:
+        """The shape of the tensor with so many positions left of each dim that has atoms (by the first one)."""
+        sizes = [widths.get(start, n) for n, start in zip(self.shape, self.starts, strict=True)]
         for dim, channels, axis, step in self.follows or ():
-            sizes[dim] -= step * (channels.shape[axis] - channels.left(alive)[axis])
+            sizes[dim] -= step * (channels.shape[axis] - channels.of_widths(widths)[axis])
         return sizes
 
 

@@ -81,11 +81,29 @@ def distinct(ids: Ids) -> Ids:
 
 def surviving(alive: NDArray[np.bool_], ids: Ids) -> int:
     """How many atoms survive in a row of ``ids``: the first row that is not gone altogether."""
-    if ids.ndim == 1:
-        return int(np.count_nonzero(alive[ids]))
+    first = int(np.count_nonzero(alive[first_row(ids)])) if ids.size else 0
+    if first or ids.ndim == 1:
+        return first
     counts = np.count_nonzero(alive[ids.reshape(-1, ids.shape[-1])], axis=1)
     left = counts[counts > 0]
     return int(left[0]) if left.size else 0
+
+
+class Survivors:
+    """How many atoms survive in a row of ids, of which those that come again are counted once."""
+
+    __slots__ = ("_alive", "_found")
+
+    def __init__(self, alive: NDArray[np.bool_]) -> None:
+        self._alive = alive
+        self._found: dict[int, tuple[Ids, int]] = {}  # by identity, as long as the ids are held
+
+    def __call__(self, ids: Ids) -> int:
+        """See :func:`surviving`."""
+        found = self._found.get(id(ids))
+        if found is None:
+            found = self._found[id(ids)] = ids, surviving(self._alive, ids)
+        return found[1]
 
 
 Dims: TypeAlias = "tuple[Label | None, ...]"

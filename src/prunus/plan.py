@@ -20,7 +20,8 @@ from prunus.coupling import Coupling
 from prunus.drops import Cut, Drop, cuts_then, drops_then, earlier_name, read_drops
 from prunus.errors import InputError, SurgeryError
 from prunus.following import followed
-from prunus.labels import Ids, distinct, surviving
+from prunus.held import Held
+from prunus.labels import Ids, Survivors, surviving
 from prunus.sizes import Attribute, Fact
 
 if TYPE_CHECKING:
@@ -245,28 +246,31 @@ def everything_alive(coupling: Coupling) -> Alive:
 
 def footprint(coupling: Coupling, alive: Alive) -> Footprint:
     """The cost of the model with only the ``alive`` atoms, from what was recorded while tracing."""
-    macs = sum(count for _, count in macs_by_step(coupling, alive))
-    params = size = 0
-    for held in coupling.trace.held:
-        if held.places[0].kind == "parameter":
-            left = prod(held.left(alive))
-            params += left
-            size += left * held.tensor.element_size()
-    return Footprint(macs, params, size)
+    start, end, _ = _axes(coupling)
+    living = _living(alive)
+    return _cost(coupling, Survivors(alive), (living[end] - living[start]).tolist())
 
 
 def macs_by_step(coupling: Coupling, alive: Alive) -> Iterator[tuple[int, int]]:
     """The steps of the trace that multiply, and the multiply-adds of each with only the ``alive`` atoms."""
-    counts: dict[int, int] = {}
+    return _macs_by_step(coupling, Survivors(alive))
 
-    def extent(ids: Ids) -> int:
-        found = counts.get(id(ids))
-        if found is None:
-            found = counts[id(ids)] = surviving(alive, ids)
-        return found
 
-    for term in coupling.trace.ledger.macs:
-        yield term.step, term.factor * prod(extent(ids) for ids in term.rows)
+def _macs_by_step(coupling: Coupling, count: Survivors) -> Iterator[tuple[int, int]]:
+    return ((term.step, term.factor * prod(map(count, term.rows))) for term in coupling.trace.ledger.macs)
+
+
+def _cost(coupling: Coupling, count: Survivors, left: Sequence[int]) -> Footprint:
+    """The cost of the model of which so many positions are ``left`` along each axis."""
+    macs = sum(macs for _, macs in _macs_by_step(coupling, count))
+    widths = dict(zip(coupling.axis_start.tolist(), left, strict=True))
+    params = size = 0
+    for held in coupling.trace.held:
+        if held.places[0].kind == "parameter":
+            entries = prod(held.of_widths(widths))
+            params += entries
+            size += entries * held.tensor.element_size()
+    return Footprint(macs, params, size)
 
 
 def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact] = ()) -> tuple[Plan, Alive]:
@@ -277,43 +281,57 @@ def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact
     """
     after, gone = alive.copy(), coupling.atoms_of(units)
     after[gone] = False
-    removals = _removals(coupling, alive, gone[alive[gone]])
-    _check_parts(coupling, after)
-    settings = tuple(Setting(a.path, a.name, a.item, value) for a, value in followed(coupling, after))
+    removals, before, left = _removals(coupling, alive, gone[alive[gone]])
+    count = Survivors(after)
+    _check_parts(coupling, count)
+    settings = tuple(Setting(a.path, a.name, a.item, value) for a, value in followed(coupling, count))
     mirrors = _mirrors(coupling, facts)
     scalings, notes = _scalings(coupling, alive, after)
-    costs = footprint(coupling, alive), footprint(coupling, after)
+    costs = _cost(coupling, Survivors(alive), before), _cost(coupling, count, left)
     return Plan(removals, settings, *costs, mirrors, coupling.trace.pruners, scalings, notes), after
 
 
-def _removals(coupling: Coupling, alive: Alive, gone: Ids) -> tuple[Removal, ...]:
-    """Which positions of which dims go with the living atoms ``gone`` (ascending), in the order of the tensors."""
-    living = np.concatenate(([0], np.cumsum(alive)))  # atoms before each one
-    rank = living[gone]
-    axes = distinct(np.searchsorted(coupling.axis_start, gone, side="right") - 1)
-    axes = axes[axes >= 0]
-    axes = axes[np.lexsort((coupling.axis_dim[axes], coupling.axis_held[axes]))]
-    held = [coupling.trace.held[k] for k in coupling.axis_held[axes].tolist()]
-    dims = coupling.axis_dim[axes].tolist()
-    start = coupling.axis_start[axes]
-    end = start + np.array([h.shape[d] for h, d in zip(held, dims, strict=True)], dtype=np.int64)
-    before = living[start]
-    columns = (np.searchsorted(gone, start), np.searchsorted(gone, end), before, living[end] - before)
+def _axes(coupling: Coupling) -> tuple[Ids, Ids, list[Held]]:
+    """The first atom of each axis, the one behind its last, and the tensor."""
+    held = [coupling.trace.held[k] for k in coupling.axis_held.tolist()]
+    sizes = [h.shape[d] for h, d in zip(held, coupling.axis_dim.tolist(), strict=True)]
+    return coupling.axis_start, coupling.axis_start + np.array(sizes, dtype=np.int64), held
+
+
+def _living(alive: Alive) -> Ids:
+    """How many living atoms there are before each atom, and in all."""
+    return np.concatenate(([0], np.cumsum(alive)))
+
+
+def _removals(coupling: Coupling, alive: Alive, gone: Ids) -> tuple[tuple[Removal, ...], list[int], list[int]]:
+    """Which positions of which dims go with the living atoms ``gone`` (ascending), in the order of the tensors.
+
+    Returns:
+        The removals; how many positions there are along each axis, and how many are left.
+    """
+    start, end, held = _axes(coupling)
+    living = _living(alive)
+    first, last = np.searchsorted(gone, start), np.searchsorted(gone, end)
+    begin = living[start]
+    sizes = living[end] - begin
+    positions = (living[gone] - begin[np.searchsorted(start, gone, side="right") - 1]).tolist()
+    cut = np.flatnonzero(last > first)
+    cut = cut[np.lexsort((coupling.axis_dim[cut], coupling.axis_held[cut]))]
     found = []
-    for h, dim, first, last, least, size in zip(held, dims, *(column.tolist() for column in columns), strict=True):
-        if last - first == size > 0:
-            raise SurgeryError(f"{h.name} dim {dim} would lose its last position; remove fewer")
-        if last > first:
-            found.append(Removal(h.name, dim, size, tuple((rank[first:last] - least).tolist())))
-    return tuple(found)
+    columns = (column[cut].tolist() for column in (coupling.axis_dim, sizes, first, last))
+    for k, dim, size, low, high in zip(cut.tolist(), *columns, strict=True):
+        if high - low == size:
+            raise SurgeryError(f"{held[k].name} dim {dim} would lose its last position; remove fewer")
+        found.append(Removal(held[k].name, dim, size, tuple(positions[low:high])))
+    return tuple(found), sizes.tolist(), (sizes - (last - first)).tolist()
 
 
-def _check_parts(coupling: Coupling, alive: Alive) -> None:
+def _check_parts(coupling: Coupling, count: Survivors) -> None:
     """Parts that the code cuts out keep a position, and widths that an op limits stay within the limit."""
-    if any(ids.size and surviving(alive, ids) == 0 for ids in coupling.trace.ledger.parts):
+    if any(ids.size and count(ids) == 0 for ids in coupling.trace.ledger.parts):
         raise SurgeryError("a part that the code cuts out would lose its last position; remove fewer")
     for limit in coupling.trace.ledger.limits:
-        left = surviving(alive, limit.ids)
+        left = count(limit.ids)
         if left < limit.least or (limit.ids.shape[-1] % limit.multiple == 0 and left % limit.multiple):
             raise SurgeryError(f"{left} positions would be left where {limit.reason}; the plan was not made")
 
