@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
@@ -57,15 +57,23 @@ def _lacking(family: Family, living: NDArray[np.bool_], chosen: NDArray[np.bool_
     return found
 
 
-@contextmanager
-def collecting_seldom() -> Iterator[None]:
-    """What is found is many small tuples that stay: Python's collector would look at them again and again."""
-    before = gc.get_threshold()
-    gc.set_threshold(max(SELDOM, before[0]) if before[0] else 0, *before[1:])
-    try:
-        yield
-    finally:
-        gc.set_threshold(*before)
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def collecting_seldom(function: Callable[P, T]) -> Callable[P, T]:
+    """What the function finds is many small tuples that stay: Python's collector would look at them again and again."""
+
+    @wraps(function)
+    def seldom(*args: P.args, **kwargs: P.kwargs) -> T:
+        before = gc.get_threshold()
+        gc.set_threshold(max(SELDOM, before[0]) if before[0] else 0, *before[1:])
+        try:
+            return function(*args, **kwargs)
+        finally:
+            gc.set_threshold(*before)
+
+    return seldom
 
 
 SELDOM = 50_000  # new objects between two looks of Python's collector meanwhile
@@ -97,6 +105,7 @@ class DependencyGraph(Familiar):
         self._only: dict[int, int] = {}
         self.facts: tuple[Fact, ...] = ()
 
+    @collecting_seldom
     def build_dependency(  # noqa: PLR0913, PLR0917 - the signature that users know
         self,
         model: nn.Module,
@@ -134,12 +143,9 @@ class DependencyGraph(Familiar):
         self._customized = pruners = joined(self._pruners, customized_pruners)
         self.ignored_params, self.verbose = tuple(ignored_params or ()), verbose
         whole = getattr(model, "_orig_mod", model)
-        with collecting_seldom():
-            found = trace(whole, example_inputs, forward_fn, output_transform, device, pruners)
-            self._only = apply_hints(
-                found, tuple(ignored_layers or ()), tuple(ignored_params or ()), unwrapped_parameters
-            )
-            self._coupling, self._sides = couple(found), None
+        found = trace(whole, example_inputs, forward_fn, output_transform, device, pruners)
+        self._only = apply_hints(found, tuple(ignored_layers or ()), tuple(ignored_params or ()), unwrapped_parameters)
+        self._coupling, self._sides = couple(found), None
         self._alive = everything_alive(self._coupling)
         self._history = []
         return self

@@ -73,7 +73,7 @@ class PruneResult:
         )
 
 
-@collecting_seldom()
+@collecting_seldom
 def prune(  # noqa: PLR0913 - each keyword is a choice of the user
     model: nn.Module,
     example_inputs: Inputs,
