@@ -7,7 +7,8 @@ from collections.abc import Callable
 from prunus.coupling import Coupling
 from prunus.errors import SurgeryError
 from prunus.labels import Ids
-from prunus.sizes import Attribute, Extent, expression_of, leaves, read_attribute
+from prunus.ledger import Requirement
+from prunus.sizes import Attribute, Expression, Extent, expression_of, leaves, read_attribute
 from prunus.solving import evaluate, solve_all
 
 TINY = 1e-6
@@ -19,16 +20,19 @@ def followed(coupling: Coupling, count: Callable[[Ids], int]) -> list[tuple[Attr
     Raises:
         SurgeryError: a size cannot be what the code needs, or the code would take another path.
     """
-    requirements = coupling.trace.ledger.requirements
+    ledger = coupling.trace.ledger
 
     def read(attribute: Attribute) -> int:
         return read_attribute(coupling.trace.model, attribute)
 
-    demands = [(expression_of(r.asked), count(r.ids)) for r in requirements]
-    solved, values = solve_all(demands, count, read, bending=True)
-    for requirement, (expression, size), value in zip(requirements, demands, values, strict=True):
+    demands: dict[tuple[Expression, int], Requirement] = {}  # each with the first that asks for it
+    for requirement in ledger.requirements:
+        expression, size = expression_of(requirement.asked), count(requirement.ids)
         if size == 0 and requirement.ids.size:
             raise SurgeryError(f"a part sized by {expression} would lose its last position; remove fewer")
+        demands.setdefault((expression, size), requirement)
+    solved, values = solve_all(tuple(demands), count, read, bending=True)
+    for ((expression, size), requirement), value in zip(demands.items(), values, strict=True):
         if value is None or abs(value - size) > TINY:
             raise SurgeryError(
                 f"{expression} would be {value} where the code needs {size} "
@@ -37,12 +41,13 @@ def followed(coupling: Coupling, count: Callable[[Ids], int]) -> list[tuple[Attr
     for attribute, new in solved.items():
         if abs(new - round(new)) > TINY:
             raise SurgeryError(f"{attribute} would have to be {new:g}, which is no whole number; remove another number")
-    asked = {leaf for expression, _ in demands for leaf in leaves(expression)}
-    for pair in coupling.trace.ledger.equal:
-        for one, other in (pair, pair[::-1]):  # nothing but the comparison is known of the other
-            if one in solved and other not in asked:
-                solved[other] = solved[one]
-    _keep_apart(coupling, solved, asked, count)
+    if ledger.equal or ledger.unequal:
+        asked = {leaf for expression, _ in demands for leaf in leaves(expression)}
+        for pair in ledger.equal:
+            for one, other in (pair, pair[::-1]):  # nothing but the comparison is known of the other
+                if one in solved and other not in asked:
+                    solved[other] = solved[one]
+        _keep_apart(coupling, solved, asked, count)
     return [(a, round(v)) for a, v in solved.items() if round(v) != read(a)]
 
 
