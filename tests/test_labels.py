@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prunus.labels import Label, Labelled, first_row, settle, surviving, unlabelled
+from prunus.labels import Label, Labelled, Survivors, first_row, settle, surviving, unlabelled
 from prunus.ledger import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
 
 
@@ -249,3 +249,13 @@ def test_unlabelled_knows_its_shape_only() -> None:
 def test_empty_ledger_has_an_empty_table() -> None:
     """No ties are no rows, not an error."""
     assert Ledger().ties.left.shape == (0,)
+
+
+def test_survivors_count_as_the_function_does_and_each_row_once() -> None:
+    alive = np.array([False, True, True, False, False, True])
+    count = Survivors(alive)
+    rows = [np.arange(6), np.arange(6).reshape(2, 3), np.empty(0, dtype=np.int64), np.array([[0, 3], [1, 4]])]
+    expected = [surviving(alive, ids) for ids in rows]
+    assert [count(ids) for ids in rows] == expected == [3, 2, 0, 1]
+    alive[:] = False
+    assert [count(ids) for ids in rows] == expected

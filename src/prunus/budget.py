@@ -59,12 +59,10 @@ class Target:
     latency: float | int | None = None
 
     def __post_init__(self) -> None:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        if all(v is None for v in values.values()):
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        if not given:
             raise InputError("the target asks for nothing: give macs=, params=, memory=, latency= or ratio=")
-        for name, value in values.items():
-            if value is None:
-                continue
+        for name, value in given.items():
             if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
                 raise InputError(f"Target({name}={value!r}) is no number")
             number: Any = value

@@ -76,12 +76,13 @@ class Order:
             return "global"
         return "greedy" if getattr(criterion, "comparable", False) and not self.isomorphic else "uniform"
 
-    def in_round(self, k: int, dense: Mapping[str, float]) -> Target:
-        """The target of round ``k`` in numbers: every round takes the same share of what the one before it left."""
+    def in_round(self, k: int, dense: Mapping[str, float]) -> Order:
+        """Round ``k`` with its target in numbers: every round takes the same share of what the one before it left."""
         if self.rounds == 1 or self.target.ratio is not None:  # shares are for the policy to say
-            return self.target
+            return self
         limits = self.target.limits(dense)
-        return Target(**{n: int(dense[n] * (most / dense[n]) ** (k / self.rounds)) for n, most in limits.items()})
+        most = {name: int(dense[name] * (end / dense[name]) ** (k / self.rounds)) for name, end in limits.items()}
+        return replace(self, target=Target(**most))
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,7 @@ def carry_out(graph: DependencyGraph, order: Order, samples: Samples | None, opt
     done: list[Done] = []
     try:
         for k in range(1, order.rounds + 1):
-            target = order.in_round(k, dense)
-            job = _Round(graph, replace(order, target=target), k, samples, partial(_plan_of, graph, started, gone))
+            job = _Round(graph, order.in_round(k, dense), k, samples, partial(_plan_of, graph, started, gone))
             units, budget, note = job.chosen()
             if samples is not None:
                 units = gathered(units, "the choice of what goes")[0]
