@@ -50,9 +50,9 @@ def _attention(m: Any) -> dict[str, Any]:
 
 _MIRRORED: dict[type, Callable[[Any], dict[str, Any]]] = {
     _ConvNd: _conv,
-    nn.Linear: lambda m: {"out_features": m.weight.shape[0], "in_features": m.weight.shape[1]},
+    nn.Linear: lambda m: dict(zip(("out_features", "in_features"), m.weight.shape, strict=True)),
     nn.Bilinear: lambda m: dict(zip(("out_features", "in1_features", "in2_features"), m.weight.shape, strict=True)),
-    nn.Embedding: lambda m: {"num_embeddings": m.weight.shape[0], "embedding_dim": m.weight.shape[1]},
+    nn.Embedding: lambda m: dict(zip(("num_embeddings", "embedding_dim"), m.weight.shape, strict=True)),
     _NormBase: _norm,
     nn.LayerNorm: lambda m: {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)},
     nn.RMSNorm: lambda m: {} if m.weight is None else {"normalized_shape": tuple(m.weight.shape)},

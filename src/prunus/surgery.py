@@ -257,10 +257,12 @@ class _Kept:
     def of(self, removal: Removal) -> torch.Tensor:
         """The index of what stays along a dim."""
         key = removal.size, removal.positions
-        if key not in self._found:
+        found = self._found.get(key)
+        if found is None:
             _check_positions(removal)
-            self._found[key] = torch.from_numpy(np.delete(np.arange(removal.size), removal.positions))
-        return self._found[key]
+            found = torch.from_numpy(np.delete(np.arange(removal.size), removal.positions))
+            self._found[key] = found
+        return found
 
 
 def _check_positions(removal: Removal) -> None:
