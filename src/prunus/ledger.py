@@ -158,7 +158,7 @@ class Ledger:
         self.evaluated = 0  # how many steps the run in eval mode had (one in training mode may follow)
         self.matched: set[int] = set()  # those of `numbers` that are known to have entered a scale, and nothing else
         self.uniform: set[int] = set()  # ids (by object) of dims along which all values are equal
-        self._line: Ids = np.arange(1 << 14)  # runs are cut from it
+        self._line: Ids = np.arange(1 << 10)  # runs are cut from it
         self._lines = {id(self._line): self._line}  # this one, and those that were outgrown
         self.kept: list[tuple[int, int]] = []  # first atom and number of those on tensors that the model keeps
         self.guards: list[Guard] = []
@@ -257,6 +257,8 @@ class Ledger:
 
     def _pin_foreign(self, coarse: Ids, rows: Ids) -> None:
         """Rows of merged dims in which the positions that go with one atom of either are not together cannot go."""
+        if not self._merged:
+            return
         first = rows[:, 0]
         inside = np.zeros(len(rows), dtype=bool)
         known: set[bytes] = set()

@@ -81,7 +81,8 @@ def trace(
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
     layers = find_customized(model, pruners) if pruners else ()
-    empty = runs_without_data(model, device)
+    modules = list(model.named_modules(remove_duplicate=False))
+    empty = runs_without_data(modules, device)
     ways = [_Way(torch.inference_mode, _modes), _Way(torch.no_grad, _modes)]  # some models differentiate as they run
     if empty:
         ways = [_Way(torch.inference_mode, _modes_without_data), _Way(torch.inference_mode, _strictly_without_data)]
@@ -93,7 +94,7 @@ def trace(
     while ways:
         way = ways[0]
         try:
-            return _trace(model, example_inputs, forward_fn, output_transform, way, layers, recall)
+            return _trace(model, modules, example_inputs, forward_fn, output_transform, way, layers, recall)
         except SizeAsKeyError:  # rare, and it takes a while to find the functions that remember
             recall = Recall(model.modules(), forward_fn)
             continue
@@ -147,6 +148,7 @@ def _strictly_without_data(tracer: Tracer) -> Sequence[AbstractContextManager[An
 
 def _trace(
     model: nn.Module,
+    modules: Modules,
     example_inputs: Inputs,
     forward_fn: ForwardFn | None,
     output_transform: Callable[[Any], Any] | None,
@@ -156,7 +158,6 @@ def _trace(
 ) -> Trace:
     """One recorded run, without gradients; only with ``recall`` may sizes be looked up in what remembers."""
     ledger = Ledger()
-    modules = list(model.named_modules(remove_duplicate=False))
     held, index = held_tensors(modules)
     once: Modules = [(path, m) for m, path in {m: path for path, m in reversed(modules)}.items()]
     own = stand_in(layers, held, index) if layers else None
@@ -229,17 +230,11 @@ def _in_training(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _marked(modules: Modules, ledger: Ledger) -> Iterator[None]:
     """The model's ints as sizes that remember where they came from, and then as plain ints again."""
-    undo = mark_attributes(modules, ledger)
-    before = [(fields, list(fields)) for fields in {id(f): f for f, _, _ in undo}.values()]
+    marked = mark_attributes(modules, ledger)
     try:
         yield
     finally:
-        for fields, name, value in undo:
-            fields[name] = value
-        for fields, names in before:
-            if len(fields) > len(names):
-                for name in set(fields).difference(names):
-                    del fields[name]
+        marked.undo()
 
 
 @contextmanager
