@@ -194,8 +194,9 @@ class Ledger:
             self._add(left.item(0), right.item(0), left.size, ONE_TO_ONE)
             return
         kinds = _kinds(left, right)
+        found = set(kinds.tolist())
         for kind, many in ((LEFT_IS_ONE, right), (RIGHT_IS_ONE, left)):
-            if (kinds == kind).any():
+            if kind in found:
                 self.whole_rows.append(many.reshape(-1, many.shape[-1]))
         for start, other, length, kind in _runs(left.reshape(-1), right.reshape(-1), kinds):
             self._add(start, other, length, kind)
@@ -226,8 +227,9 @@ class Ledger:
             self.tie(a.ids, b.ids)
             return
         context = a.context + tuple(c for c in b.context if c not in a.context)
-        left, right = np.broadcast_arrays(a.over(context), b.over(context))
-        self.tie(left, right)
+        left, right = a.over(context), b.over(context)
+        shape = np.broadcast(left, right).shape
+        self.tie(*(ids if ids.shape == shape else np.broadcast_to(ids, shape) for ids in (left, right)))
 
     def freeze(self, ids: Ids, reason: str) -> None:
         """These atoms stay, and whoever asks is told why."""
@@ -247,7 +249,8 @@ class Ledger:
                 rows, which = np.unique(rows, axis=0, return_inverse=True)
             own = self.fresh(len(rows))
             self.rows_of.append(Rows(own, rows))
-            self._pin_foreign(own, rows)
+            if self._merged:
+                self._pin_foreign(own, rows)
             coarse = self._coarse[key] = (own if which is None else own[which]).reshape(fine.shape[:-1])
         return coarse
 
@@ -257,8 +260,6 @@ class Ledger:
 
     def _pin_foreign(self, coarse: Ids, rows: Ids) -> None:
         """Rows of merged dims in which the positions that go with one atom of either are not together cannot go."""
-        if not self._merged:
-            return
         first = rows[:, 0]
         inside = np.zeros(len(rows), dtype=bool)
         known: set[bytes] = set()
@@ -362,17 +363,17 @@ class Ledger:
 
 def _runs(left: Ids, right: Ids, kinds: Ids) -> list[Any]:
     """Rows ``(start, start, length, kind)`` of maximal stretches in which both sides count up by one."""
-    breaks = np.flatnonzero((left[1:] - left[:-1] != 1) | (right[1:] - right[:-1] != 1)) + 1
-    if not breaks.size:
-        return [(left.item(0), right.item(0), left.size, kinds.item(0))]
-    starts = np.concatenate(([0], breaks))
-    lengths = np.diff(np.concatenate((starts, [left.size])))
-    kind = kinds[starts * kinds.size // left.size] if kinds.size > 1 else np.broadcast_to(kinds, starts.shape)
+    broken = left[1:] - left[:-1] != 1
+    broken |= right[1:] - right[:-1] != 1
+    starts = np.concatenate(([0], broken.nonzero()[0] + 1))
     if starts.size < MANY:
-        columns = (left[starts], right[starts], lengths, kind)
-        return list(zip(*(column.tolist() for column in columns), strict=True))
-    rows: list[Any] = np.unique(np.stack((left[starts], right[starts], lengths, kind), axis=1), axis=0).tolist()
-    return rows
+        begins = starts.tolist()
+        each = zip(begins, [*begins[1:], left.size], strict=True)
+        return [(left.item(k), right.item(k), end - k, kinds.item(k * kinds.size // left.size)) for k, end in each]
+    lengths = np.diff(np.concatenate((starts, [left.size])))
+    rows = np.stack((left[starts], right[starts], lengths, kinds[starts * kinds.size // left.size]), axis=1)
+    found: list[Any] = np.unique(rows, axis=0).tolist()
+    return found
 
 
 def _kinds(left: Ids, right: Ids) -> Ids:
