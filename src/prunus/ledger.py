@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prunus.labels import Ids, Label, Labelled
+from prunus.labels import Ids, Label, Labelled, distinct, distinct_rows
 
 NEAR = 32  # steps between the computing of a number from a size and its use
 SAME = 1e-12
@@ -207,7 +207,7 @@ class Ledger:
         Where the number of rows is ``fixed`` no row can go without the others; where it is not (heads), the position
         that stands for all stays when one row goes.
         """
-        rows = np.moveaxis(ids, axis, 0)
+        rows = ids.transpose(axis, *(d for d in range(ids.ndim) if d != axis))
         if fixed:
             self.tie(rows[:-1], rows[1:])
             return rows[0]
@@ -245,8 +245,8 @@ class Ledger:
         coarse = self._coarse.get(key)
         if coarse is None:
             rows, which = fine.reshape(-1, fine.shape[-1]), None
-            if not self._counts_up(fine) and len(np.unique(rows[:, 0])) < len(rows):
-                rows, which = np.unique(rows, axis=0, return_inverse=True)
+            if not self._counts_up(fine) and distinct(rows[:, 0]).size < len(rows):
+                rows, which = distinct_rows(rows)
             own = self.fresh(len(rows))
             self.rows_of.append(Rows(own, rows))
             if self._merged:
@@ -389,11 +389,11 @@ def _kinds(left: Ids, right: Ids) -> Ids:
     if a_grows and (b == b[0]).all():
         return np.array([RIGHT_IS_ONE])
     pairs = np.stack((a, b))
-    distinct = np.unique(pairs, axis=1)
-    if distinct.shape[1] == 1:
+    different = np.unique(pairs, axis=1)
+    if different.shape[1] == 1:
         return np.array([ONE_TO_ONE])
     kinds = np.zeros(pairs.shape[1], dtype=np.int64)
-    for own, all_own, kind in zip(pairs, distinct, (LEFT_IS_ONE, RIGHT_IS_ONE), strict=True):
+    for own, all_own, kind in zip(pairs, different, (LEFT_IS_ONE, RIGHT_IS_ONE), strict=True):
         values, counts = np.unique(all_own, return_counts=True)
         if len(values) < all_own.size:
             kinds += kind * (counts[np.searchsorted(values, own)] > 1)
