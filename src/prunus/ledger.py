@@ -8,18 +8,15 @@ numpy and integers, nothing of torch.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from prunus.labels import Ids, Label, Labelled, distinct, distinct_rows
+from prunus.ties import LEFT_IS_ONE, ONE_TO_ONE, RIGHT_IS_ONE, TieTable, tie_kinds, tie_runs
 
 NEAR = 32  # steps between the computing of a number from a size and its use
 SAME = 1e-12
-MANY = 256  # runs of a tie that are worth sorting, to drop those that repeat
-
-ONE_TO_ONE, LEFT_IS_ONE, RIGHT_IS_ONE, MANY_TO_MANY = 0, 1, 2, 3
 
 
 class Freeze(NamedTuple):
@@ -120,17 +117,6 @@ class Scale(NamedTuple):
     power: float
 
 
-@dataclass(frozen=True)
-class TieTable:
-    """All ties as intervals: position ``k < length`` of ``left + k`` is tied to ``right + k``."""
-
-    left: Ids
-    right: Ids
-    length: Ids
-    step: Ids
-    kind: Ids
-
-
 class Ledger:
     """Everything that rules record while a model is traced."""
 
@@ -193,12 +179,12 @@ class Ledger:
         if self._counts_up(left) and self._counts_up(right):
             self._add(left.item(0), right.item(0), left.size, ONE_TO_ONE)
             return
-        kinds = _kinds(left, right)
+        kinds = tie_kinds(left, right)
         found = set(kinds.tolist())
         for kind, many in ((LEFT_IS_ONE, right), (RIGHT_IS_ONE, left)):
             if kind in found:
                 self.whole_rows.append(many.reshape(-1, many.shape[-1]))
-        for start, other, length, kind in _runs(left.reshape(-1), right.reshape(-1), kinds):
+        for start, other, length, kind in tie_runs(left.reshape(-1), right.reshape(-1), kinds):
             self._add(start, other, length, kind)
 
     def unite(self, ids: Ids, axis: int, fixed: bool) -> Ids:
@@ -359,42 +345,3 @@ class Ledger:
         """All ties so far."""
         table = np.array(self._ties, dtype=np.int64).reshape(-1, 5).T
         return TieTable(*table)
-
-
-def _runs(left: Ids, right: Ids, kinds: Ids) -> list[Any]:
-    """Rows ``(start, start, length, kind)`` of maximal stretches in which both sides count up by one."""
-    broken = left[1:] - left[:-1] != 1
-    broken |= right[1:] - right[:-1] != 1
-    starts = np.concatenate(([0], broken.nonzero()[0] + 1))
-    if starts.size < MANY:
-        begins = starts.tolist()
-        each = zip(begins, [*begins[1:], left.size], strict=True)
-        return [(left.item(k), right.item(k), end - k, kinds.item(k * kinds.size // left.size)) for k, end in each]
-    lengths = np.diff(np.concatenate((starts, [left.size])))
-    rows = np.stack((left[starts], right[starts], lengths, kinds[starts * kinds.size // left.size]), axis=1)
-    found: list[Any] = np.unique(rows, axis=0).tolist()
-    return found
-
-
-def _kinds(left: Ids, right: Ids) -> Ids:
-    """The kind of tie of each row: a row that meets several others (a broadcast over heads) is one to many."""
-    if left.ndim == 1 or left.size == left.shape[-1]:
-        return np.array([ONE_TO_ONE])
-    a, b = left[..., 0].reshape(-1), right[..., 0].reshape(-1)
-    a_grows, b_grows = bool((a[1:] > a[:-1]).all()), bool((b[1:] > b[:-1]).all())
-    if a_grows and b_grows:
-        return np.array([ONE_TO_ONE])
-    if b_grows and (a == a[0]).all():
-        return np.array([LEFT_IS_ONE])
-    if a_grows and (b == b[0]).all():
-        return np.array([RIGHT_IS_ONE])
-    pairs = np.stack((a, b))
-    different = np.unique(pairs, axis=1)
-    if different.shape[1] == 1:
-        return np.array([ONE_TO_ONE])
-    kinds = np.zeros(pairs.shape[1], dtype=np.int64)
-    for own, all_own, kind in zip(pairs, different, (LEFT_IS_ONE, RIGHT_IS_ONE), strict=True):
-        values, counts = np.unique(all_own, return_counts=True)
-        if len(values) < all_own.size:
-            kinds += kind * (counts[np.searchsorted(values, own)] > 1)
-    return kinds

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from prunus.labels import Dims, Ids, Label, Labelled, distinct, settle, varies
-from prunus.ledger import LEFT_IS_ONE, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
+from prunus.ledger import Ledger
 from prunus.rules.table import Op, rule
+from prunus.ties import LEFT_IS_ONE, ONE_TO_ONE, RIGHT_IS_ONE
 
 aten = torch.ops.aten
 LARGEST_GRID = 2**18  # positions of a product of dims that are followed one by one
