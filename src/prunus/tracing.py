@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -91,13 +92,14 @@ def trace(
         ways.insert(0, _Way(torch.inference_mode, _modes, hollow=True))
     failure: Exception | None = None
     recall: Recall | None = None
-    while ways:
-        way = ways[0]
+    run = partial(_trace, model, modules, example_inputs, forward_fn, output_transform, layers)
+    for way in ways:
         try:
-            return _trace(model, modules, example_inputs, forward_fn, output_transform, way, layers, recall)
-        except SizeAsKeyError:  # rare, and it takes a while to find the functions that remember
-            recall = Recall(model.modules(), forward_fn)
-            continue
+            if recall is None:
+                with suppress(SizeAsKeyError):
+                    return run(way)
+                recall = Recall(model.modules(), forward_fn)  # it takes a while to find the functions that remember
+            return run(way, recall)
         except HollowValueError:
             pass
         except PrunusError:
@@ -105,7 +107,6 @@ def trace(
                 raise
         except Exception as error:
             failure = error if failure is None or not empty or isinstance(failure, OverwrittenError) else failure
-        del ways[0]
     if failure is not None and empty:
         raise no_values(model, failure) from failure
     raise InputError(
@@ -152,9 +153,9 @@ def _trace(
     example_inputs: Inputs,
     forward_fn: ForwardFn | None,
     output_transform: Callable[[Any], Any] | None,
-    way: _Way,
     layers: Sequence[Customized],
-    recall: Recall | None,
+    way: _Way,
+    recall: Recall | None = None,
 ) -> Trace:
     """One recorded run, without gradients; only with ``recall`` may sizes be looked up in what remembers."""
     ledger = Ledger()
