@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from prunus.labels import Label, Labelled, Survivors, first_row, settle, surviving, unlabelled
-from prunus.ledger import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
+from prunus.ledger import Ledger
+from prunus.ties import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE
 
 
 def ties(ledger: Ledger) -> list[tuple[int, int, int, int]]:

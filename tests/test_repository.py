@@ -24,7 +24,7 @@ LONGER_FOR_A_REASON: dict[str, str] = {}
 """Files that may be longer, each with the reason."""
 
 LEVELS = [
-    {"errors", "labels", "ledger", "higher", "distributed", "_version"},
+    {"errors", "labels", "ledger", "ties", "higher", "distributed", "_version"},
     {"rules"},
     {"sizes", "calls", "held", "siblings", "modes", "untouched", "meta", "opaque", "standins", "tracing", "hints"}
     | {"swapping", "solving", "entries", "recall"},

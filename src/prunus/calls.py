@@ -25,7 +25,7 @@ class PythonCall:
         self.func = func
         self.args = args
         self.kwargs = kwargs
-        self.matched: set[int] = set()  # slices of an index that were told to belong to an op
+        self.matched: tuple[int, ...] = ()  # slices of an index that were told to belong to an op
 
     def sizes(self, values: Sequence[int]) -> Sequence[Any] | None:
         """The ints that the code passed for ``values`` (-1 matches any), or None."""
@@ -74,10 +74,10 @@ class PythonCall:
     def _sequences(self) -> Iterator[Sequence[Any]]:
         for first in (0, 1, 2):
             tail = self.args[first:]
-            if tail and all(_is_size(a) for a in tail):
+            if tail and all(map(_is_size, tail)):
                 yield tail
         for a in (*self.args, *self.kwargs.values()):
-            if isinstance(a, (list, tuple)) and a and all(_is_size(v) for v in a):
+            if isinstance(a, (list, tuple)) and a and all(map(_is_size, a)):
                 yield a
 
     def bounds(self, start: int, end: int, size: int) -> tuple[Any, Any] | None:
@@ -89,7 +89,7 @@ class PythonCall:
         index = self.args[1] if len(self.args) > 1 else None
         for k, part in enumerate(index if isinstance(index, tuple) else (index,)):
             if isinstance(part, slice) and k not in self.matched and part.indices(size) == (start, end, 1):
-                self.matched.add(k)
+                self.matched += (k,)
                 return part.start, part.stop
         return None
 
@@ -103,6 +103,9 @@ class PythonCall:
 
 def _is_size(value: Any) -> bool:
     """An int, or a tensor that holds one."""
+    kind = type(value)
+    if kind is int or kind is Size:
+        return True
     return _is_int(value) or (isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_floating_point())
 
 

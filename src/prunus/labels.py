@@ -79,6 +79,22 @@ def distinct(ids: Ids) -> Ids:
     return ordered[first]
 
 
+def distinct_rows(rows: Ids) -> tuple[Ids, Ids]:
+    """The different ones among rows, ascending, and for each row which of them it is.
+
+    Example:
+        >>> found, which = distinct_rows(np.array([[3, 4], [1, 2], [3, 4]]))
+        >>> found.tolist(), which.tolist()
+        ([[1, 2], [3, 4]], [1, 0, 1])
+    """
+    _, first, which = np.unique(rows[:, 0], return_index=True, return_inverse=True)
+    found = rows[first]
+    if (found[which] == rows).all():  # those that begin alike are alike
+        return found, which
+    found, which = np.unique(rows, axis=0, return_inverse=True)
+    return found, which
+
+
 def surviving(alive: NDArray[np.bool_], ids: Ids) -> int:
     """How many atoms survive in a row of ``ids``: the first row that is not gone altogether."""
     first = int(np.count_nonzero(alive[first_row(ids)])) if ids.size else 0

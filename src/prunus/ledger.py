@@ -8,18 +8,15 @@ numpy and integers, nothing of torch.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from prunus.labels import Ids, Label, Labelled
+from prunus.labels import Ids, Label, Labelled, distinct, distinct_rows
+from prunus.ties import LEFT_IS_ONE, ONE_TO_ONE, RIGHT_IS_ONE, TieTable, tie_kinds, tie_runs
 
 NEAR = 32  # steps between the computing of a number from a size and its use
 SAME = 1e-12
-MANY = 256  # runs of a tie that are worth sorting, to drop those that repeat
-
-ONE_TO_ONE, LEFT_IS_ONE, RIGHT_IS_ONE, MANY_TO_MANY = 0, 1, 2, 3
 
 
 class Freeze(NamedTuple):
@@ -120,17 +117,6 @@ class Scale(NamedTuple):
     power: float
 
 
-@dataclass(frozen=True)
-class TieTable:
-    """All ties as intervals: position ``k < length`` of ``left + k`` is tied to ``right + k``."""
-
-    left: Ids
-    right: Ids
-    length: Ids
-    step: Ids
-    kind: Ids
-
-
 class Ledger:
     """Everything that rules record while a model is traced."""
 
@@ -158,7 +144,7 @@ class Ledger:
         self.evaluated = 0  # how many steps the run in eval mode had (one in training mode may follow)
         self.matched: set[int] = set()  # those of `numbers` that are known to have entered a scale, and nothing else
         self.uniform: set[int] = set()  # ids (by object) of dims along which all values are equal
-        self._line: Ids = np.arange(1 << 14)  # runs are cut from it
+        self._line: Ids = np.arange(1 << 10)  # runs are cut from it
         self._lines = {id(self._line): self._line}  # this one, and those that were outgrown
         self.kept: list[tuple[int, int]] = []  # first atom and number of those on tensors that the model keeps
         self.guards: list[Guard] = []
@@ -193,11 +179,12 @@ class Ledger:
         if self._counts_up(left) and self._counts_up(right):
             self._add(left.item(0), right.item(0), left.size, ONE_TO_ONE)
             return
-        kinds = _kinds(left, right)
+        kinds = tie_kinds(left, right)
+        found = set(kinds.tolist())
         for kind, many in ((LEFT_IS_ONE, right), (RIGHT_IS_ONE, left)):
-            if (kinds == kind).any():
+            if kind in found:
                 self.whole_rows.append(many.reshape(-1, many.shape[-1]))
-        for start, other, length, kind in _runs(left.reshape(-1), right.reshape(-1), kinds):
+        for start, other, length, kind in tie_runs(left.reshape(-1), right.reshape(-1), kinds):
             self._add(start, other, length, kind)
 
     def unite(self, ids: Ids, axis: int, fixed: bool) -> Ids:
@@ -206,7 +193,7 @@ class Ledger:
         Where the number of rows is ``fixed`` no row can go without the others; where it is not (heads), the position
         that stands for all stays when one row goes.
         """
-        rows = np.moveaxis(ids, axis, 0)
+        rows = ids.transpose(axis, *(d for d in range(ids.ndim) if d != axis))
         if fixed:
             self.tie(rows[:-1], rows[1:])
             return rows[0]
@@ -226,8 +213,9 @@ class Ledger:
             self.tie(a.ids, b.ids)
             return
         context = a.context + tuple(c for c in b.context if c not in a.context)
-        left, right = np.broadcast_arrays(a.over(context), b.over(context))
-        self.tie(left, right)
+        left, right = a.over(context), b.over(context)
+        shape = np.broadcast(left, right).shape
+        self.tie(*(ids if ids.shape == shape else np.broadcast_to(ids, shape) for ids in (left, right)))
 
     def freeze(self, ids: Ids, reason: str) -> None:
         """These atoms stay, and whoever asks is told why."""
@@ -243,11 +231,12 @@ class Ledger:
         coarse = self._coarse.get(key)
         if coarse is None:
             rows, which = fine.reshape(-1, fine.shape[-1]), None
-            if not self._counts_up(fine) and len(np.unique(rows[:, 0])) < len(rows):
-                rows, which = np.unique(rows, axis=0, return_inverse=True)
+            if not self._counts_up(fine) and distinct(rows[:, 0]).size < len(rows):
+                rows, which = distinct_rows(rows)
             own = self.fresh(len(rows))
             self.rows_of.append(Rows(own, rows))
-            self._pin_foreign(own, rows)
+            if self._merged:
+                self._pin_foreign(own, rows)
             coarse = self._coarse[key] = (own if which is None else own[which]).reshape(fine.shape[:-1])
         return coarse
 
@@ -356,42 +345,3 @@ class Ledger:
         """All ties so far."""
         table = np.array(self._ties, dtype=np.int64).reshape(-1, 5).T
         return TieTable(*table)
-
-
-def _runs(left: Ids, right: Ids, kinds: Ids) -> list[Any]:
-    """Rows ``(start, start, length, kind)`` of maximal stretches in which both sides count up by one."""
-    breaks = np.flatnonzero((left[1:] - left[:-1] != 1) | (right[1:] - right[:-1] != 1)) + 1
-    if not breaks.size:
-        return [(left.item(0), right.item(0), left.size, kinds.item(0))]
-    starts = np.concatenate(([0], breaks))
-    lengths = np.diff(np.concatenate((starts, [left.size])))
-    kind = kinds[starts * kinds.size // left.size] if kinds.size > 1 else np.broadcast_to(kinds, starts.shape)
-    if starts.size < MANY:
-        columns = (left[starts], right[starts], lengths, kind)
-        return list(zip(*(column.tolist() for column in columns), strict=True))
-    rows: list[Any] = np.unique(np.stack((left[starts], right[starts], lengths, kind), axis=1), axis=0).tolist()
-    return rows
-
-
-def _kinds(left: Ids, right: Ids) -> Ids:
-    """The kind of tie of each row: a row that meets several others (a broadcast over heads) is one to many."""
-    if left.ndim == 1 or left.size == left.shape[-1]:
-        return np.array([ONE_TO_ONE])
-    a, b = left[..., 0].reshape(-1), right[..., 0].reshape(-1)
-    a_grows, b_grows = bool((a[1:] > a[:-1]).all()), bool((b[1:] > b[:-1]).all())
-    if a_grows and b_grows:
-        return np.array([ONE_TO_ONE])
-    if b_grows and (a == a[0]).all():
-        return np.array([LEFT_IS_ONE])
-    if a_grows and (b == b[0]).all():
-        return np.array([RIGHT_IS_ONE])
-    pairs = np.stack((a, b))
-    distinct = np.unique(pairs, axis=1)
-    if distinct.shape[1] == 1:
-        return np.array([ONE_TO_ONE])
-    kinds = np.zeros(pairs.shape[1], dtype=np.int64)
-    for own, all_own, kind in zip(pairs, distinct, (LEFT_IS_ONE, RIGHT_IS_ONE), strict=True):
-        values, counts = np.unique(all_own, return_counts=True)
-        if len(values) < all_own.size:
-            kinds += kind * (counts[np.searchsorted(values, own)] > 1)
-    return kinds

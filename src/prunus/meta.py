@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from prunus.errors import InputError
+from prunus.held import Modules
 from prunus.higher import SeesInside
 from prunus.modes import MARK, FunctionMode, Tracer, tensors_among
 
@@ -27,7 +28,7 @@ class OverwrittenError(Exception):
     """A real tensor would have to take values that do not exist."""
 
 
-def runs_without_data(model: nn.Module, device: str | torch.device | None) -> bool:
+def runs_without_data(modules: Modules, device: str | torch.device | None) -> bool:
     """Whether to trace on meta tensors: because the caller asks for it, or because the model has no values itself.
 
     Raises:
@@ -35,9 +36,8 @@ def runs_without_data(model: nn.Module, device: str | torch.device | None) -> bo
     """
     if device is not None and str(device).partition(":")[0] != "meta":
         raise InputError(f"device={device!r}: only 'meta' can be asked for; to trace elsewhere, move model and inputs")
-    return device is not None or any(
-        p is not None and p.is_meta for m in model.modules() for p in m._parameters.values()
-    )
+    parameters = (p for _, m in modules if m._parameters for p in m._parameters.values())
+    return device is not None or any(p is not None and p.is_meta for p in parameters)
 
 
 class MetaMode(SeesInside):

@@ -28,12 +28,13 @@ from prunus.standins import HollowValueError, deciding
 from prunus.untouched import put_back
 
 MARK = "_prunus_labels"
-_GET_SHAPE = torch.Tensor.shape.__get__  # type: ignore[attr-defined]
 COMPOSED_IN_PYTHON = frozenset({nn.functional.multi_head_attention_forward})  # functions whose parts are looked at
 _PLAIN = frozenset({int, float, bool, type(None), str})
 _NUMBERS = frozenset({int, float, bool})  # a list of an op that begins with one holds no tensors
 _FROM_NUMBERS = frozenset({torch.tensor, torch.as_tensor, torch.scalar_tensor})
 _READS = frozenset({torch.Tensor.tolist, torch.Tensor.numpy, torch.Tensor.__array__, torch.Tensor.data_ptr})
+_SIZES = frozenset({torch.Tensor.shape.__get__, torch.Tensor.size})  # type: ignore[attr-defined]
+_WATCHED = frozenset({*_SIZES, *MEASURES, *COMPOSED_IN_PYTHON, *_READS, *_FROM_NUMBERS})
 
 
 class Event(NamedTuple):
@@ -319,8 +320,23 @@ class FunctionMode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func in _WATCHED:
+            return self._watch(func, args, kwargs)
+        return self._call(func, args, kwargs)
+
+    def _call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """Let it run, as the call that the ops which now follow belong to."""
         tracer = self.tracer
-        if func == _GET_SHAPE or func is torch.Tensor.size:
+        before, tracer.call = tracer.call, PythonCall(func, args, kwargs)
+        try:
+            return func(*args, **kwargs)
+        finally:
+            tracer.call = before
+
+    def _watch(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """A function that asks for sizes, hands values to Python, takes some from there, or is looked into."""
+        tracer = self.tracer
+        if func in _SIZES:
             labelled = tracer.labels_of(args[0])
             if not labelled.labelled:
                 return func(*args, **kwargs)
@@ -332,22 +348,17 @@ class FunctionMode(TorchFunctionMode):
             if labelled.labelled:
                 return MEASURES[func](labelled, tracer.ledger, *args, **kwargs)
             return func(*args, **kwargs)
-        if func in _READS:
-            tracer.read(args[0], func.__name__)
-        if func in _FROM_NUMBERS:
-            for size in tree_leaves((args, kwargs)):
-                if isinstance(size, Size):
-                    size.enters_value()
         if func in COMPOSED_IN_PYTHON:
             if func not in self._unguarded:
                 self._unguarded[func] = unguarded(func)
             with self:
                 return self._unguarded[func](*args, **kwargs)
-        before, tracer.call = tracer.call, PythonCall(func, args, kwargs)
-        try:
-            return func(*args, **kwargs)
-        finally:
-            tracer.call = before
+        if func in _READS:
+            tracer.read(args[0], func.__name__)
+        for size in tree_leaves((args, kwargs)) if func in _FROM_NUMBERS else ():
+            if isinstance(size, Size):
+                size.enters_value()
+        return self._call(func, args, kwargs)
 
 
 def unguarded(func: types.FunctionType) -> Callable[..., Any]:

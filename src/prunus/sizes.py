@@ -30,6 +30,7 @@ class SizeAsKeyError(BaseException):
 
 
 _CONTAINS = dis.opmap["CONTAINS_OP"]
+_CONFIGS = ("config", "cfg")
 SMALLEST = 2  # a size of 1 cannot be pruned, so it is never followed
 _HOUSEKEEPING = frozenset(
     [
@@ -245,33 +246,52 @@ MEASURES: dict[Any, Callable[..., Any]] = {
 """Functions that tell how much memory a tensor has and how it lies there: as they are for labelled tensors."""
 
 
-def mark_attributes(modules: Iterable[tuple[str, nn.Module]], ledger: Ledger) -> list[tuple[dict[str, Any], str, Any]]:
-    """Replace the ints that modules (given with their paths) and their configs keep by :class:`Size` objects.
+class Marked(NamedTuple):
+    """What was replaced, as (dictionary, key, old value), and the dictionaries of config objects with their keys."""
 
-    Returns:
-        What was replaced, as (dictionary, key, old value), for the caller to put back.
-    """
-    undo: list[tuple[dict[str, Any], str, Any]] = []
+    replaced: list[tuple[dict[str, Any], str, Any]]
+    configs: list[tuple[dict[str, Any], list[str]]]
+
+    def undo(self) -> None:
+        """Put back what was replaced, and drop what was added to configs meanwhile."""
+        for fields, name, value in self.replaced:
+            fields[name] = value
+        for fields, names in self.configs:
+            if len(fields) > len(names):
+                for name in set(fields).difference(names):
+                    del fields[name]
+
+
+def mark_attributes(modules: Iterable[tuple[str, nn.Module]], ledger: Ledger) -> Marked:
+    """Replace the ints that modules (given with their paths) and their configs keep by :class:`Size` objects."""
+    marked = Marked([], [])
     seen: set[int] = set()
+    handed: dict[type, list[str]] = {}  # what modules of a class hand out, perhaps without keeping it
     for path, module in modules:
-        _mark(module.__dict__, path, "", ledger, undo)
-        for name in ("config", "cfg"):
-            config = _config(module, name)
-            fields = getattr(config, "__dict__", None)
-            if fields is not None and not isinstance(config, (nn.Module, type)) and id(config) not in seen:
-                seen.add(id(config))
-                _mark(fields, path, f"{name}.", ledger, undo)
-    return undo
+        fields = module.__dict__
+        kind = type(module)
+        if kind not in handed:
+            handed[kind] = [name for name in _CONFIGS if isinstance(getattr(kind, name, None), property)]
+        configs = [(name, fields[name]) for name in _CONFIGS if name in fields]
+        configs += [(name, _handed_out(module, name)) for name in handed[kind] if fields.get(name) is None]
+        _mark(fields, path, "", ledger, marked.replaced)
+        for name, config in configs:
+            if id(config) in seen:
+                continue
+            seen.add(id(config))
+            inner = getattr(config, "__dict__", None)
+            if inner is not None and not isinstance(config, (nn.Module, type)):
+                marked.configs.append((inner, list(inner)))
+                _mark(inner, path, f"{name}.", ledger, marked.replaced)
+    return marked
 
 
-def _config(module: nn.Module, name: str) -> Any:
-    """What a module keeps under ``name``, or hands out there: the same object each time."""
-    own = module.__dict__.get(name)
-    if own is None and isinstance(getattr(type(module), name, None), property):
-        with suppress(Exception):  # of the property's own code
-            found = getattr(module, name)
-            return found if found is getattr(module, name) else None
-    return own
+def _handed_out(module: nn.Module, name: str) -> Any:
+    """What a property of a module gives, if it is the same object each time."""
+    with suppress(Exception):  # of the property's own code
+        found = getattr(module, name)
+        return found if found is getattr(module, name) else None
+    return None
 
 
 def _mark(

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -81,7 +82,8 @@ def trace(
     if not isinstance(model, nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}: pass the model itself")
     layers = find_customized(model, pruners) if pruners else ()
-    empty = runs_without_data(model, device)
+    modules = list(model.named_modules(remove_duplicate=False))
+    empty = runs_without_data(modules, device)
     ways = [_Way(torch.inference_mode, _modes), _Way(torch.no_grad, _modes)]  # some models differentiate as they run
     if empty:
         ways = [_Way(torch.inference_mode, _modes_without_data), _Way(torch.inference_mode, _strictly_without_data)]
@@ -90,13 +92,14 @@ def trace(
         ways.insert(0, _Way(torch.inference_mode, _modes, hollow=True))
     failure: Exception | None = None
     recall: Recall | None = None
-    while ways:
-        way = ways[0]
+    run = partial(_trace, model, modules, example_inputs, forward_fn, output_transform, layers)
+    for way in ways:
         try:
-            return _trace(model, example_inputs, forward_fn, output_transform, way, layers, recall)
-        except SizeAsKeyError:  # rare, and it takes a while to find the functions that remember
-            recall = Recall(model.modules(), forward_fn)
-            continue
+            if recall is None:
+                with suppress(SizeAsKeyError):
+                    return run(way)
+                recall = Recall(model.modules(), forward_fn)  # it takes a while to find the functions that remember
+            return run(way, recall)
         except HollowValueError:
             pass
         except PrunusError:
@@ -104,7 +107,6 @@ def trace(
                 raise
         except Exception as error:
             failure = error if failure is None or not empty or isinstance(failure, OverwrittenError) else failure
-        del ways[0]
     if failure is not None and empty:
         raise no_values(model, failure) from failure
     raise InputError(
@@ -147,16 +149,16 @@ def _strictly_without_data(tracer: Tracer) -> Sequence[AbstractContextManager[An
 
 def _trace(
     model: nn.Module,
+    modules: Modules,
     example_inputs: Inputs,
     forward_fn: ForwardFn | None,
     output_transform: Callable[[Any], Any] | None,
-    way: _Way,
     layers: Sequence[Customized],
-    recall: Recall | None,
+    way: _Way,
+    recall: Recall | None = None,
 ) -> Trace:
     """One recorded run, without gradients; only with ``recall`` may sizes be looked up in what remembers."""
     ledger = Ledger()
-    modules = list(model.named_modules(remove_duplicate=False))
     held, index = held_tensors(modules)
     once: Modules = [(path, m) for m, path in {m: path for path, m in reversed(modules)}.items()]
     own = stand_in(layers, held, index) if layers else None
@@ -229,17 +231,11 @@ def _in_training(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _marked(modules: Modules, ledger: Ledger) -> Iterator[None]:
     """The model's ints as sizes that remember where they came from, and then as plain ints again."""
-    undo = mark_attributes(modules, ledger)
-    before = [(fields, list(fields)) for fields in {id(f): f for f, _, _ in undo}.values()]
+    marked = mark_attributes(modules, ledger)
     try:
         yield
     finally:
-        for fields, name, value in undo:
-            fields[name] = value
-        for fields, names in before:
-            if len(fields) > len(names):
-                for name in set(fields).difference(names):
-                    del fields[name]
+        marked.undo()
 
 
 @contextmanager

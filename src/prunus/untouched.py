@@ -6,10 +6,12 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
 
 import numpy as np
 import torch
+from numpy.random import mtrand
 from torch import Tensor, nn
 
 __all__ = ["eagerly", "put_back", "untouched", "without_mha_fastpath"]
@@ -29,16 +31,18 @@ def untouched(model: nn.Module, modules: Sequence[nn.Module] | None = None, *, v
     Args:
         model: Any module.
         modules: Its modules, each once, if they are known already.
-        values: Whether the values of tensors are kept and put back too; false where the caller sees to that.
+        values: Whether values count. If not, those of tensors are for the caller to keep and to put back, and numpy
+            draws other numbers meanwhile: to copy the state of its generator takes as long as a small network does.
     """
     modules = list(model.modules()) if modules is None else modules
-    with ExitStack() as stack:
-        stack.enter_context(_random_states(model))
-        memories = [_Memory(module, values) for module in modules]
-        stack.callback(_restore, memories)
-        for module in modules:
-            vars(module)["training"] = False
-        yield
+    with _random_states(model, values):
+        memory = _Memory(modules, values)
+        try:
+            for module in modules:
+                vars(module)["training"] = False
+            yield
+        finally:
+            memory.restore()
 
 
 @contextmanager
@@ -58,38 +62,28 @@ def eagerly() -> AbstractContextManager[object]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def _restore(memories: list[_Memory]) -> None:
-    for memory in memories:
-        memory.restore()
-
-
 class _Memory:
-    """What a module holds itself: mode, attributes, and the contents of those that can change in place."""
+    """What modules hold themselves: mode, attributes, and the contents of those that can change in place."""
 
-    __slots__ = ("_attributes", "_empty", "_filled", "_module", "_tensors")
-
-    def __init__(self, module: nn.Module, values: bool) -> None:
-        self._module = module
-        self._attributes = dict(vars(module))
-        held = self._attributes.values()
-        containers = [value for value in held if type(value) in _CONTAINERS]
+    def __init__(self, modules: Sequence[nn.Module], values: bool) -> None:
+        self._attributes = [(vars(module), vars(module).copy()) for module in modules]
+        containers = [v for _, held in self._attributes for v in held.values() if type(v) in _CONTAINERS]
         self._empty = [value for value in containers if not value]
         self._filled = [(value, value.copy()) for value in containers if value]
         self._tensors: list[tuple[Tensor, Tensor]] = []
         if values:
-            tensors = [value for value in held if isinstance(value, Tensor)]
-            tensors.extend(module.buffers(recurse=False))
+            tensors = [value for _, held in self._attributes for value in held.values() if isinstance(value, Tensor)]
+            tensors.extend(tensor for module in modules for tensor in module.buffers(recurse=False))
             self._tensors = [(tensor, tensor.detach().clone()) for tensor in tensors if not tensor.is_meta]
 
     def restore(self) -> None:
-        held = vars(self._module)
-        if len(held) != len(self._attributes):
-            for name in [name for name in held if name not in self._attributes]:
-                del held[name]
-        held.update(self._attributes)
-        if any(self._empty):
-            for value in self._empty:
-                value.clear()
+        for held, before in self._attributes:
+            if len(held) != len(before):
+                for name in held.keys() - before.keys():
+                    del held[name]
+            held.update(before)
+        for value in self._empty if any(self._empty) else ():
+            value.clear()
         for value, before in self._filled:
             value.clear()
             value.extend(before) if isinstance(value, list) else value.update(before)
@@ -107,14 +101,40 @@ def put_back(tensor: Tensor, values: Tensor) -> None:
 
 
 @contextmanager
-def _random_states(model: nn.Module) -> Iterator[None]:
+def _random_states(model: nn.Module, values: bool) -> Iterator[None]:
     """Put back the random states of torch (of the devices that the model is on too), numpy and Python."""
     tensors = (*model.parameters(), *model.buffers()) if torch.cuda.is_available() else ()
     devices = {tensor.device for tensor in tensors if tensor.device.type == "cuda"}
-    python_state, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=list(devices)):
+    python_state = random.getstate()
+    with torch.random.fork_rng(devices=list(devices)), _numpy_copied() if values else _numpy_exchanged():
         try:
             yield
         finally:
             random.setstate(python_state)
-            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def _numpy_copied() -> Iterator[None]:
+    """Numpy's generator as it was, afterwards."""
+    state = np.random.get_state()
+    try:
+        yield
+    finally:
+        np.random.set_state(state)
+
+
+@contextmanager
+def _numpy_exchanged() -> Iterator[None]:
+    """Another generator for numpy, meanwhile."""
+    own = mtrand.get_bit_generator()
+    mtrand.set_bit_generator(_spare_generator())
+    try:
+        yield
+    finally:
+        mtrand.set_bit_generator(own)
+
+
+@cache
+def _spare_generator() -> np.random.MT19937:
+    """One of the kind that numpy's own is: others cannot be seeded by what numpy offers for that."""
+    return np.random.MT19937(0)

@@ -36,6 +36,53 @@ CLASSIFIERS = {
     "regnet_x_400mf": 64,
     "regnet_y_1_6gf": 64,
     "convnext_tiny": 64,
+    "vgg13": 32,
+    "vgg13_bn": 32,
+    "vgg16": 32,
+    "vgg16_bn": 32,
+    "vgg19": 32,
+    "vgg19_bn": 32,
+    "resnet101": 64,
+    "resnet152": 64,
+    "wide_resnet101_2": 32,
+    "resnext101_32x8d": 32,
+    "resnext101_64x4d": 32,
+    "densenet161": 64,
+    "densenet169": 64,
+    "densenet201": 64,
+    "shufflenet_v2_x1_5": 64,
+    "shufflenet_v2_x2_0": 64,
+    "mnasnet0_75": 64,
+    "mnasnet1_3": 64,
+    "efficientnet_b1": 64,
+    "efficientnet_b2": 64,
+    "efficientnet_b3": 64,
+    "efficientnet_b4": 64,
+    "efficientnet_b5": 64,
+    "efficientnet_b6": 64,
+    "efficientnet_b7": 64,
+    "efficientnet_v2_m": 64,
+    "efficientnet_v2_l": 64,
+    "regnet_x_800mf": 64,
+    "regnet_x_1_6gf": 64,
+    "regnet_x_3_2gf": 64,
+    "regnet_x_8gf": 64,
+    "regnet_x_16gf": 64,
+    "regnet_x_32gf": 64,
+    "regnet_y_800mf": 64,
+    "regnet_y_3_2gf": 64,
+    "regnet_y_8gf": 64,
+    "regnet_y_16gf": 64,
+    "regnet_y_32gf": 64,
+    "convnext_small": 64,
+    "convnext_base": 64,
+    "convnext_large": 64,
+    "swin_t": 64,
+    "swin_s": 64,
+    "swin_b": 64,
+    "swin_v2_t": 64,
+    "swin_v2_s": 64,
+    "swin_v2_b": 64,
 }
 """Classification networks as they are, with the height of their pictures in pixels."""
 
@@ -52,6 +99,17 @@ def _classifier(name: str, size: int) -> Builder:
         if name in {"googlenet", "inception_v3"}:
             options = {"init_weights": True, "transform_input": True}
         return Network(models.get_model(name, weights=None, num_classes=10, **options), _pictures(size))
+
+    return build
+
+
+def _quantizable(name: str) -> Builder:
+    """A classifier as it is before it is quantised: sums and concatenations are modules."""
+
+    def build() -> Network:
+        from torchvision import models
+
+        return Network(getattr(models.quantization, name)(weights=None, quantize=False, num_classes=10), _pictures(64))
 
     return build
 
@@ -105,6 +163,17 @@ def maxvit() -> Network:
         num_classes=10,
     )
     return Network(model, _pictures(64))
+
+
+def _vision_transformer(name: str) -> Builder:
+    def build() -> Network:
+        from torchvision import models
+
+        model = models.get_model(name, weights=None, num_classes=10, image_size=64)
+        nn.init.normal_(model.heads.head.weight, std=0.02)  # zeros at first: every output would be zero
+        return Network(model, _pictures(64))
+
+    return build
 
 
 def _segmenter(name: str) -> Builder:
@@ -241,15 +310,21 @@ def _flow(name: str) -> Builder:
 def table() -> Table:
     """Every network of the family, by name."""
     found: Table = {name: _classifier(name, size) for name, size in CLASSIFIERS.items()}
+    for name in ("resnet18", "mobilenet_v2", "mobilenet_v3_large", "shufflenet_v2_x1_0", "googlenet"):
+        found[f"quantizable_{name}"] = _quantizable(name)
     found.update({"vit": vit, "swin_v1": swin_v1, "swin_v2": swin_v2, "maxvit": maxvit})
+    found.update({name: _vision_transformer(name) for name in ("vit_b_16", "vit_b_32")})
     for name in (
         "fcn_resnet50",
+        "fcn_resnet101",
         "deeplabv3_resnet50",
+        "deeplabv3_resnet101",
         "deeplabv3_mobilenet_v3_large",
         "lraspp_mobilenet_v3_large",
     ):
         found[name] = _segmenter(name)
     found["fasterrcnn_mobilenet_v3_large_320_fpn"] = _detector("fasterrcnn_mobilenet_v3_large_320_fpn", **TWO_STAGES)
+    found["fasterrcnn_mobilenet_v3_large_fpn"] = _detector("fasterrcnn_mobilenet_v3_large_fpn", **TWO_STAGES)
     found["fasterrcnn_resnet50_fpn"] = _detector("fasterrcnn_resnet50_fpn", **TWO_STAGES)
     found["maskrcnn_resnet50_fpn"] = _detector("maskrcnn_resnet50_fpn", **TWO_STAGES)
     found["keypointrcnn_resnet50_fpn"] = _detector("keypointrcnn_resnet50_fpn", **TWO_STAGES)

@@ -14,7 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prunus.labels import Ids, distinct, marks
-from prunus.ledger import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
+from prunus.ledger import Ledger
+from prunus.ties import LEFT_IS_ONE, MANY_TO_MANY, ONE_TO_ONE, RIGHT_IS_ONE
 
 ROUNDS = 64  # after so many rounds of travelling cuts, what still moves is cut at every position
 

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 
 from prunus.labels import Dims, Ids, Label, Labelled, distinct, settle, varies
-from prunus.ledger import LEFT_IS_ONE, ONE_TO_ONE, RIGHT_IS_ONE, Ledger
+from prunus.ledger import Ledger
 from prunus.rules.table import Op, rule
+from prunus.ties import LEFT_IS_ONE, ONE_TO_ONE, RIGHT_IS_ONE
 
 aten = torch.ops.aten
 LARGEST_GRID = 2**18  # positions of a product of dims that are followed one by one
@@ -353,11 +354,13 @@ def _split(
 
 def _layout(x: Labelled, shape: Sequence[int], parts: list[Block], leaf: _Leaf) -> tuple[Ids, list[int]]:
     """The leaf's ids with one axis for each output dim of ``parts``."""
-    known = (*leaf.context, leaf.dim)
+    known = [*leaf.context, leaf.dim]
     wide = [d for b in parts for d in b.ins]
-    order = [known.index(d) for d in wide if d in known]
-    ids = leaf.ids.transpose(order)[tuple(slice(None) if d in known else None for d in wide)]
-    sizes = tuple(x.shape[d] for d in wide)
-    ids = ids if ids.shape == sizes else np.broadcast_to(ids, sizes)
+    ids = leaf.ids
+    if known != wide:
+        order = [known.index(d) for d in wide if d in known]
+        ids = ids.transpose(order)[tuple(slice(None) if d in known else None for d in wide)]
+        sizes = tuple(x.shape[d] for d in wide)
+        ids = ids if ids.shape == sizes else np.broadcast_to(ids, sizes)
     axes = [d for b in parts for d in b.outs]
     return ids.reshape(tuple(shape[d] for d in axes)), axes
