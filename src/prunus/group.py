@@ -216,12 +216,14 @@ class Group:
     @cached_property
     def parts(self) -> Sequence[tuple[torch.Tensor, list[Member]]]:
         """Units of one signature: their places in the group, and what they cut."""
-        coupling, alive = self._coupling, self._alive
+        coupling = self._coupling
+        alive = None if self._alive is self._graph.dense else self._alive
         kinds = coupling.group_of_unit[self.units]
         found = []
         for k, group in coupling.groups_of(self.units):
             places = np.flatnonzero(kinds == k)
-            found.append((torch.from_numpy(places), members_of(coupling, alive, group, self.units[places])))
+            units = self.units if len(places) == self.size else self.units[places]
+            found.append((torch.from_numpy(places), members_of(coupling, alive, group, units)))
         return found
 
     @cached_property

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from zoo.networks import builders
 
 import prunus as tp
-from zoo.networks import builders
 
 NETWORKS = ("mlp", "grouped", "channel_shuffle", "tied", "set_transformer")
 

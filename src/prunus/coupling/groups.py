@@ -77,9 +77,9 @@ class Coupling:
     @cached_property
     def consumers(self) -> frozenset[tuple[int, int]]:
         """``(held, dim)`` of every dim that a layer reads (a weight's input columns), rather than makes."""
-        starts = {int(s): k for k, s in enumerate(self.axis_start)}
-        chosen = [starts[s] for s in self.trace.ledger.only_read if s in starts]
-        return frozenset((int(self.axis_held[k]), int(self.axis_dim[k])) for k in chosen)
+        axes = zip(self.axis_held.tolist(), self.axis_dim.tolist(), strict=True)
+        by_start = dict(zip(self.axis_start.tolist(), axes, strict=True))
+        return frozenset(by_start[s] for s in self.trace.ledger.only_read if s in by_start)
 
     @cached_property
     def _pieces_of_fine(self) -> tuple[Ids, Ids]:
@@ -233,6 +233,8 @@ class Coupling:
 
     def alive_units(self, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which units are left, given the atoms that are."""
+        if alive.all():
+            return np.ones(self.units.total, dtype=bool)
         found = np.zeros(self.units.total, dtype=bool)
         found[self.unit_of_atom[alive]] = True
         return found

@@ -136,7 +136,8 @@ def score_offer(graph: DependencyGraph, found: Offer, importance: Criterion) -> 
     of_rows = _scores(graph, found.by_rows, found.rows, importance)
     scores = _scores(graph, graph.coupling, found.families, importance)
     rows = tuple(f for f in found.rows if not np.isnan(of_rows[f.units]).all())
-    families = tuple(f for f in found.families if not np.isnan(scores[f.units]).all())
+    unknown = np.isnan(scores)
+    families = tuple(f for f in found.families if not unknown[f.units].all())
     return replace(found, rows=rows, families=families), of_rows, scores
 
 
