@@ -127,22 +127,26 @@ class Coupling:
         if own.taken.size:
             goes = (group[own.taker] >= 0) & (self.axis_of_piece[own.taken] >= 0)
             piece, fine = np.concatenate((piece, own.taken[goes])), np.concatenate((fine, own.taker[goes]))
+        if not piece.size:
+            return ((),) * len(self.groups)
         axis, group = self.axis_of_piece[piece], group[fine]
         start, length = self.pieces.start[piece], self.pieces.length[piece]
         order = np.lexsort((start, own.base[fine], axis, group))
         fine, axis, group, start, length = fine[order], axis[order], group[order], start[order], length[order]
         position = stretches(start - self.axis_start[axis], length)
-        if ((fine[1:] == fine[:-1]) & (axis[1:] == axis[:-1]) & (own.width[fine[1:]] > 1)).any():
+        same = (axis[1:] == axis[:-1]) & (group[1:] == group[:-1])
+        if (same & (fine[1:] == fine[:-1]) & (own.width[fine[1:]] > 1)).any():
             moves = order < len(moved)  # from unit to unit; a row takes all of what it takes
             unit = np.repeat(own.base[fine] - moves * (start - self.axis_start[axis]), length)
             unit += position * np.repeat(moves, length)
             position = position[np.lexsort((position, unit, np.repeat(axis, length), np.repeat(group, length)))]
-        begin = np.flatnonzero((np.diff(axis, prepend=-1) != 0) | (np.diff(group, prepend=-1) != 0))
-        first = [*(np.cumsum(length) - length)[begin].tolist(), len(position)]
+        last = np.flatnonzero(np.append(~same, True))
+        ends, axis = [0, *np.cumsum(length)[last].tolist()], axis[last]
         found: list[list[Slice]] = [[] for _ in self.groups]
-        held, dim = self.axis_held[axis[begin]].tolist(), self.axis_dim[axis[begin]].tolist()
-        for k, h, d, (here, end) in zip(group[begin].tolist(), held, dim, pairwise(first), strict=True):
-            found[k].append(Slice(h, d, position[here:end].reshape(len(self.groups[k].units), -1)))
+        sizes = [len(one.units) for one in self.groups]
+        places = zip(group[last].tolist(), self.axis_held[axis].tolist(), self.axis_dim[axis].tolist(), strict=True)
+        for (k, held, dim), (begin, end) in zip(places, pairwise(ends), strict=True):
+            found[k].append(Slice(held, dim, position[begin:end].reshape(sizes[k], -1)))
         return tuple(map(tuple, found))
 
     @cached_property
