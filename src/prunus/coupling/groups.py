@@ -137,9 +137,10 @@ class Coupling:
         same = (axis[1:] == axis[:-1]) & (group[1:] == group[:-1])
         if (same & (fine[1:] == fine[:-1]) & (own.width[fine[1:]] > 1)).any():
             moves = order < len(moved)  # from unit to unit; a row takes all of what it takes
-            unit = np.repeat(own.base[fine] - moves * (start - self.axis_start[axis]), length)
-            unit += position * np.repeat(moves, length)
-            position = position[np.lexsort((position, unit, np.repeat(axis, length), np.repeat(group, length)))]
+            cut = np.cumsum(np.append(0, ~same)) * own.total
+            key = np.repeat(cut + own.base[fine] - moves * (start - self.axis_start[axis]), length)
+            key += position * np.repeat(moves, length)
+            position = position[np.argsort(key, kind="stable")]
         last = np.flatnonzero(np.append(~same, True))
         ends, axis = [0, *np.cumsum(length)[last].tolist()], axis[last]
         found: list[list[Slice]] = [[] for _ in self.groups]
