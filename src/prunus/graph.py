@@ -100,6 +100,7 @@ class DependencyGraph(Familiar):
         self._coupling: Coupling | None = None
         self._sides: Sides | None = None
         self._alive: Alive | None = None
+        self.dense: Alive | None = None  # the atoms as long as nothing is cut
         self._history: list[Plan] = []
         self._pruners: dict[Any, Any] = {}
         self._only: dict[int, int] = {}
@@ -146,7 +147,7 @@ class DependencyGraph(Familiar):
         found = trace(whole, example_inputs, forward_fn, output_transform, device, pruners)
         self._only = apply_hints(found, tuple(ignored_layers or ()), tuple(ignored_params or ()), unwrapped_parameters)
         self._coupling, self._sides = couple(found), None
-        self._alive = everything_alive(self._coupling)
+        self._alive = self.dense = everything_alive(self._coupling)
         self._history = []
         return self
 

@@ -12,7 +12,13 @@ import torch
 
 from prunus.coupling import Coupling
 from prunus.errors import InputError
-from prunus.functions import PruningFn, functions_for, prune_parameter_in_channels, prune_parameter_out_channels
+from prunus.functions import (
+    PruningFn,
+    functions_for,
+    is_out_channel_fn,
+    prune_parameter_in_channels,
+    prune_parameter_out_channels,
+)
 from prunus.importance import Member, members_of
 from prunus.labels import Ids
 from prunus.ops import OPTYPE, module2type
@@ -172,18 +178,35 @@ def _pair(trace: Trace, node: Node) -> tuple[PruningFn, PruningFn]:
     return functions_for(node.module) or (prune_parameter_out_channels, prune_parameter_in_channels)
 
 
+def root_of(graph: DependencyGraph, units: Ids, coupling: Coupling | None = None) -> Side | None:
+    """The first layer that makes ``units``; failing that, the first that reads them."""
+    sides = graph.sides_of(units, coupling)
+    return next((s for s in sides if is_out_channel_fn(s.handler)), sides[0] if sides else None)
+
+
 class Group:
     """Slices that must go together.
 
     Iterating gives items ``(dep, idxs)``, the root first; ``print(group)`` shows what triggers what; ``prune()`` cuts.
+    ``root`` None: the layer that :func:`root_of` finds.
     """
 
-    def __init__(self, graph: DependencyGraph, units: Ids, root: Side, coupling: Coupling | None = None) -> None:
+    def __init__(
+        self, graph: DependencyGraph, units: Ids, root: Side | None = None, coupling: Coupling | None = None
+    ) -> None:
         self._graph = graph
         self._coupling = coupling or graph.coupling
-        self._root = root
+        self._given_root = root
         self._alive = graph.alive
         self.units = units
+
+    @cached_property
+    def root(self) -> Side:
+        """The side of a layer that comes first."""
+        root = self._given_root or root_of(self._graph, self.units, self._coupling)
+        if root is None:
+            raise InputError("no layer makes or reads what this group cuts, so it has no items")
+        return root
 
     @property
     def size(self) -> int:
@@ -193,18 +216,20 @@ class Group:
     @cached_property
     def parts(self) -> Sequence[tuple[torch.Tensor, list[Member]]]:
         """Units of one signature: their places in the group, and what they cut."""
-        coupling, alive = self._coupling, self._alive
+        coupling = self._coupling
+        alive = None if self._alive is self._graph.dense else self._alive
         kinds = coupling.group_of_unit[self.units]
         found = []
         for k, group in coupling.groups_of(self.units):
             places = np.flatnonzero(kinds == k)
-            found.append((torch.from_numpy(places), members_of(coupling, alive, group, self.units[places])))
+            units = self.units if len(places) == self.size else self.units[places]
+            found.append((torch.from_numpy(places), members_of(coupling, alive, group, units)))
         return found
 
     @cached_property
     def items(self) -> list[GroupItem]:
         """The layers that are cut, the root first, then in the order in which the model uses them."""
-        return self._graph._items(self.units, self._root, self._alive)
+        return self._graph._items(self.units, self.root, self._alive)
 
     def __iter__(self) -> Iterator[GroupItem]:
         return iter(self.items)
@@ -221,7 +246,7 @@ class Group:
             return self[0].root_idxs
         places: dict[int, int] = {}  # of whole heads, which are few
         for k in range(self.size):
-            alone = self._graph._items(self.units[k : k + 1], self._root, self._alive)
+            alone = self._graph._items(self.units[k : k + 1], self.root, self._alive)
             places.update(dict.fromkeys(alone[0].idxs, k) if alone else {})
         return [places.get(position, 0) for position in self[0].idxs]
 
@@ -279,7 +304,7 @@ class Group:
     def _chosen(self, idxs: Sequence[int] | None) -> Ids:
         if idxs is None:
             return self.units
-        return self._graph.units_at(self._root, idxs)
+        return self._graph.units_at(self.root, idxs)
 
     def details(self) -> str:
         """What triggers what, one "A => B" line for each step, ops between the layers included."""

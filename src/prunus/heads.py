@@ -90,6 +90,8 @@ def choose_rows(found: Offer, scores: Scores, alive: Alive, policy: Policy) -> I
 
 def rows_to_go(found: Offer, scores: Scores, alive: Alive, policy: Policy) -> list[Ids]:
     """The same for each of ``found.rows``."""
+    if not found.rows:
+        return []
     living = found.coupling.alive_units(alive)
     return choose_each([rank(f, scores, living) for f in found.rows], replace(policy, round_to=None))
 
@@ -101,7 +103,7 @@ def choose_positions(found: Offer, scores: Scores, alive: Alive, policy: Policy,
 
 def positions_to_go(found: Offer, scores: Scores, alive: Alive, policy: Policy, gone: Ids) -> list[Ids]:
     """The same for each of ``found.families``."""
-    living = found.coupling.alive_units(found.coupling.without(alive, gone))
+    living = found.coupling.alive_units(found.coupling.without(alive, gone) if gone.size else alive)
     rankings = [with_widths(found.coupling, rank(f, scores, living), policy.round_to) for f in found.families]
     return choose_each(rankings, policy)
 

@@ -19,6 +19,8 @@ Scores = NDArray[np.float64]  # one for each unit; NaN: not scored
 
 def default_families(coupling: Coupling) -> tuple[Family, ...]:
     """The families to choose from: rows as a whole (heads) only where their positions cannot go one by one."""
+    if not any(family.coarse for family in coupling.families):
+        return coupling.families
     own = coupling.units
     alone = np.zeros(own.total, dtype=bool)
     for family in coupling.families:
@@ -43,7 +45,7 @@ def score_units(
         if wanted[group.units].any():
             found = score(group)
             if found is not None:
-                scores[group.units] = found.detach().double().cpu().numpy()
+                scores[group.units] = found.numpy()
     return scores
 
 
@@ -89,7 +91,7 @@ def rank(family: Family, scores: Scores, living: NDArray[np.bool_]) -> Ranking:
         score, begin = own[begin : begin + len(left)], begin + len(left)
         order = np.argsort(score, kind="stable")[: len(left) // quota * quota]
         parts.append(left[order].reshape(-1, quota))
-        values.append(score[order].reshape(-1, quota).mean(axis=1))
+        values.append(score[order] if quota == 1 else score[order].reshape(-1, quota).mean(axis=1))
     if len(lanes) == 1:
         return Ranking(family, parts[0], values[0])
     count = min(len(p) for p in parts)

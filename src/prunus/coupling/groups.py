@@ -21,8 +21,6 @@ from prunus.labels import Ids, distinct, marks
 from prunus.sizes import Attribute, read_attribute
 from prunus.tracing import Trace
 
-_NONE: Ids = np.empty(0, dtype=np.int64)
-
 
 class Slice(NamedTuple):
     """How the units of a group cut one dim of one held tensor: ``positions[u]`` are the positions of unit ``u``."""
@@ -37,40 +35,24 @@ class UnitGroup:
     """Units that cut the same dims of the same tensors, equally often."""
 
     coupling: Coupling
-    fines: tuple[int, ...]
+    fines: tuple[int, ...]  # by their first units
+    number: int
 
     @cached_property
     def units(self) -> Ids:
         """The numbers of the group's units, ascending."""
         own = self.coupling.units
-        return np.sort(np.concatenate([own.base[f] + np.arange(own.width[f]) for f in self.fines]))
+        return np.concatenate([np.arange(own.base[f], own.base[f] + own.width[f]) for f in self.fines])
 
     @cached_property
     def coarse(self) -> bool:
         """Whether the units are rows (heads, groups of a convolution) rather than single positions."""
         return self.fines[0] in self.coupling.units.takes
 
-    @cached_property
+    @property
     def slices(self) -> tuple[Slice, ...]:
         """The dims that the group cuts, in the order in which the model uses them."""
-        found, own = self.coupling, self.coupling.units
-        parts = [found.pieces_of(f) for f in self.fines]
-        whole = [own.takes.get(f, _NONE) for f in self.fines] if self.coarse else []
-        piece = np.concatenate(parts + whole)
-        base = np.repeat(own.base[[*self.fines, *self.fines][: len(parts + whole)]], [len(p) for p in parts + whole])
-        moves = np.arange(len(piece)) < sum(map(len, parts))  # from unit to unit; a row takes all of what it takes
-        real = found.axis_of_piece[piece] >= 0
-        piece, base, moves = piece[real], base[real], moves[real]
-        start, length, axis = found.pieces.start[piece], found.pieces.length[piece], found.axis_of_piece[piece]
-        position, axis = stretches(start, length), np.repeat(axis, length)
-        unit = np.repeat(base, length)
-        unit += (position - np.repeat(start, length)) * np.repeat(moves, length)
-        order = np.lexsort((position, unit, axis))
-        axis, position = axis[order], position[order]
-        cuts = []
-        for k, index in runs_of(axis, position - found.axis_start[axis]):
-            cuts.append(Slice(int(found.axis_held[k]), int(found.axis_dim[k]), index.reshape(len(self.units), -1)))
-        return tuple(cuts)
+        return self.coupling.slices[self.number]
 
 
 @dataclass(frozen=True)
@@ -95,20 +77,15 @@ class Coupling:
     @cached_property
     def consumers(self) -> frozenset[tuple[int, int]]:
         """``(held, dim)`` of every dim that a layer reads (a weight's input columns), rather than makes."""
-        starts = {int(s): k for k, s in enumerate(self.axis_start)}
-        chosen = [starts[s] for s in self.trace.ledger.only_read if s in starts]
-        return frozenset((int(self.axis_held[k]), int(self.axis_dim[k])) for k in chosen)
+        axes = zip(self.axis_held.tolist(), self.axis_dim.tolist(), strict=True)
+        by_start = dict(zip(self.axis_start.tolist(), axes, strict=True))
+        return frozenset(by_start[s] for s in self.trace.ledger.only_read if s in by_start)
 
     @cached_property
     def _pieces_of_fine(self) -> tuple[Ids, Ids]:
         order = np.argsort(self.pieces.fine, kind="stable")
         count = int(self.pieces.fine.max()) + 1
         return order, np.searchsorted(self.pieces.fine[order], np.arange(count + 1))
-
-    def pieces_of(self, fine: int) -> Ids:
-        """The pieces of a fine atom, in order."""
-        order, first = self._pieces_of_fine
-        return np.sort(order[first[fine] : first[fine + 1]])
 
     @cached_property
     def movable(self) -> NDArray[np.bool_]:
@@ -139,7 +116,47 @@ class Coupling:
         for f in fines[np.argsort(own.base[fines], kind="stable")].tolist():
             if self.movable[own.base[f]] and self.kind[f] != 0:
                 by_mark.setdefault(int(self.kind[f]), []).append(f)
-        return tuple(UnitGroup(self, tuple(found)) for found in by_mark.values())
+        return tuple(UnitGroup(self, tuple(found), k) for k, found in enumerate(by_mark.values()))
+
+    @cached_property
+    def slices(self) -> tuple[tuple[Slice, ...], ...]:
+        """The dims that each group cuts, in the order in which the model uses them."""
+        own, group = self.units, self._group_of_fine
+        moved = np.flatnonzero((group[self.pieces.fine] >= 0) & (self.axis_of_piece >= 0))
+        piece, fine = moved, self.pieces.fine[moved]
+        if own.taken.size:
+            goes = (group[own.taker] >= 0) & (self.axis_of_piece[own.taken] >= 0)
+            piece, fine = np.concatenate((piece, own.taken[goes])), np.concatenate((fine, own.taker[goes]))
+        if not piece.size:
+            return ((),) * len(self.groups)
+        axis, group = self.axis_of_piece[piece], group[fine]
+        start, length = self.pieces.start[piece], self.pieces.length[piece]
+        order = np.lexsort((start, own.base[fine], axis, group))
+        fine, axis, group, start, length = fine[order], axis[order], group[order], start[order], length[order]
+        position = stretches(start - self.axis_start[axis], length)
+        same = (axis[1:] == axis[:-1]) & (group[1:] == group[:-1])
+        if (same & (fine[1:] == fine[:-1]) & (own.width[fine[1:]] > 1)).any():
+            moves = order < len(moved)  # from unit to unit; a row takes all of what it takes
+            cut = np.cumsum(np.append(0, ~same)) * own.total
+            key = np.repeat(cut + own.base[fine] - moves * (start - self.axis_start[axis]), length)
+            key += position * np.repeat(moves, length)
+            position = position[np.argsort(key, kind="stable")]
+        last = np.flatnonzero(np.append(~same, True))
+        ends, axis = [0, *np.cumsum(length)[last].tolist()], axis[last]
+        found: list[list[Slice]] = [[] for _ in self.groups]
+        sizes = [len(one.units) for one in self.groups]
+        places = zip(group[last].tolist(), self.axis_held[axis].tolist(), self.axis_dim[axis].tolist(), strict=True)
+        for (k, held, dim), (begin, end) in zip(places, pairwise(ends), strict=True):
+            found[k].append(Slice(held, dim, position[begin:end].reshape(sizes[k], -1)))
+        return tuple(map(tuple, found))
+
+    @cached_property
+    def _group_of_fine(self) -> Ids:
+        """The index of each fine atom's group (-1: it may not go)."""
+        found = np.full(len(self.units.base), -1, dtype=np.int64)
+        for group in self.groups:
+            found[list(group.fines)] = group.number
+        return found
 
     @property
     def unit_of_atom(self) -> Ids:
@@ -221,6 +238,8 @@ class Coupling:
 
     def alive_units(self, alive: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """Which units are left, given the atoms that are."""
+        if alive.all():
+            return np.ones(self.units.total, dtype=bool)
         found = np.zeros(self.units.total, dtype=bool)
         found[self.unit_of_atom[alive]] = True
         return found

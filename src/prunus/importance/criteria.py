@@ -154,7 +154,7 @@ def to_units(positions: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Sums over each unit's positions: ``positions`` (..., size) and ``index`` (units, per unit) give (..., units)."""
     index = index.to(positions.device)
     if index.shape[1] == 1:
-        return positions.index_select(-1, index[:, 0]).float().cpu()
+        return positions.index_select(-1, index.reshape(-1)).float().cpu()
     return positions[..., index].sum(dim=-1).float().cpu()
 
 

@@ -37,19 +37,25 @@ class Member:
         return own.startswith("bias") or not isinstance(self.tensor, nn.Parameter)
 
 
-def members_of(coupling: Coupling, alive: NDArray[np.bool_], group: UnitGroup, units: Ids) -> list[Member]:
-    """The members of ``units`` (all of ``group``), with positions as the tensors are after earlier cuts."""
-    same = np.array_equal(units, group.units)
+def members_of(coupling: Coupling, alive: NDArray[np.bool_] | None, group: UnitGroup, units: Ids) -> list[Member]:
+    """The members of ``units`` (all of ``group``), with positions as the tensors are now.
+
+    ``alive``: the atoms that earlier cuts left (None: nothing was cut).
+    """
+    trace, consumers = coupling.trace, coupling.consumers
+    same = units is group.units or np.array_equal(units, group.units)
     rows = None if same else np.searchsorted(group.units, units)
     found = []
     for part in group.slices:
-        held = coupling.trace.held[part.held]
-        positions = part.positions if rows is None else part.positions[rows]
-        index = current_positions(held, part.dim, alive, positions)
-        owner = coupling.trace.modules[held.places[0].module]
-        tensor = held.tensor if held.places[0].kind == "channels" else getattr(owner, held.places[0].name)
-        reads = (part.held, part.dim) in coupling.consumers
-        found.append(Member(held.name, tensor, owner, part.dim, torch.from_numpy(index), reads))
+        held = trace.held[part.held]
+        place = held.places[0]
+        index = part.positions if rows is None else part.positions[rows]
+        if alive is not None:
+            index = current_positions(held, part.dim, alive, index)
+        owner = trace.modules[place.module]
+        tensor = held.tensor if place.kind == "channels" else getattr(owner, place.name)
+        reads = (part.held, part.dim) in consumers
+        found.append(Member(place.full, tensor, owner, part.dim, torch.from_numpy(index), reads))
     return found
 
 

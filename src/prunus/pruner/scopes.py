@@ -14,7 +14,6 @@ from torch import nn
 from prunus.coupling import Coupling, Family
 from prunus.errors import InputError
 from prunus.graph import DependencyGraph
-from prunus.group import Side
 from prunus.heads import positions_of
 from prunus.hints import Frozen, chosen_layers
 from prunus.labels import Ids
@@ -26,13 +25,6 @@ def makers(graph: DependencyGraph, units: Ids, coupling: Coupling | None = None)
     """The layers that make ``units``, in the order in which the model uses them."""
     sides = graph.sides_of(units, coupling)
     return [s.node.module for s in sides if graph.is_out_channel_pruning_fn(s.handler)]
-
-
-def root_of(graph: DependencyGraph, units: Ids, coupling: Coupling | None = None) -> Side | None:
-    """The first layer that makes ``units``; failing that, the first that reads them."""
-    sides = graph.sides_of(units, coupling)
-    made = (s for s in sides if graph.is_out_channel_pruning_fn(s.handler))
-    return next(made, sides[0] if sides else None)
 
 
 @dataclass(frozen=True)
@@ -229,5 +221,4 @@ __all__ = [
     "in_groups",
     "initial_widths",
     "makers",
-    "root_of",
 ]

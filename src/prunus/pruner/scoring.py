@@ -8,14 +8,15 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from prunus.coupling import Coupling, Family, UnitGroup
 from prunus.errors import InputError, NothingToPruneError
 from prunus.graph import DependencyGraph
-from prunus.group import Group
+from prunus.group import Group, root_of
 from prunus.heads import Offer
 from prunus.importance import MagnitudeImportance
-from prunus.pruner.scopes import root_of
+from prunus.labels import Ids
 from prunus.selection import Scores, score_units
 
 Criterion = Callable[[Any], "torch.Tensor | None"]
@@ -47,14 +48,20 @@ def score_with(
 
     def score(group: UnitGroup) -> torch.Tensor | None:
         there = living[group.units]
-        left = group.units[there]
+        if there.all():
+            return ask(group, group.units)
         scores = torch.full((len(there),), float("inf"), dtype=torch.float32)
-        if left.size == 0:
+        if not there.any():
             return scores
-        root = root_of(graph, left, coupling)
-        if root is None:
+        found = ask(group, group.units[there])
+        if found is not None:
+            scores[torch.from_numpy(there)] = found
+        return None if found is None else scores
+
+    def ask(group: UnitGroup, left: Ids) -> torch.Tensor | None:
+        if not _of_layers(graph, group):
             return None
-        asked = Group(graph, left, root, coupling)
+        asked = Group(graph, left, coupling=coupling)
         try:
             found = importance(asked)
         except NotImplementedError as error:
@@ -67,12 +74,8 @@ def score_with(
         if found is None:
             return None
         found = by_unit(found, asked)
-        _check_scores(found, len(left), root.node.name)
-        found = found.detach().float().cpu()
-        if len(left) == len(there):
-            return found
-        scores[torch.from_numpy(there)] = found
-        return scores
+        _check_scores(found, asked)
+        return found.detach().float().cpu()
 
     return score
 
@@ -90,22 +93,33 @@ def by_unit(found: Any, group: Group) -> Any:
     return torch.zeros(group.size).index_add_(0, places, found.detach().float().cpu()) / number
 
 
-def _check_scores(found: Any, count: int, layer: str) -> None:
+def _of_layers(graph: DependencyGraph, group: UnitGroup) -> bool:
+    """Whether a parameter or a layer is cut, rather than only tensors beside them."""
+    held = graph.coupling.trace.held
+    if any(isinstance(held[part.held].tensor, nn.Parameter) for part in group.slices):
+        return True
+    return root_of(graph, group.units, group.coupling) is not None
+
+
+def _check_scores(found: Any, group: Group) -> None:
     """Refuse what is no score for each unit.
 
     Raises:
         InputError: it is none.
     """
-    where = f"for the group of {layer}, which has {count} units"
     if not isinstance(found, torch.Tensor):
-        raise InputError(f"the importance returned a {type(found).__name__} {where}: return a tensor of as many scores")
-    if found.shape != (count,):
-        raise InputError(f"the importance returned shape {tuple(found.shape)} {where}: return one score for each")
-    if found.is_complex() or found.is_meta:
-        kind = "complex numbers" if found.is_complex() else "scores without values (meta)"
-        raise InputError(f"the importance returned {kind} {where}: return real ones")
-    if bool(found.isnan().any()):
-        raise InputError(f"the importance returned NaN {where}: check weights, gradients and data for NaN")
+        wrong, instead = f"a {type(found).__name__}", "return a tensor of as many scores"
+    elif found.shape != (group.size,):
+        wrong, instead = f"shape {tuple(found.shape)}", "return one score for each"
+    elif found.is_complex() or found.is_meta:
+        wrong = "complex numbers" if found.is_complex() else "scores without values (meta)"
+        instead = "return real ones"
+    elif bool(found.isnan().any()):
+        wrong, instead = "NaN", "check weights, gradients and data for NaN"
+    else:
+        return
+    where = f"for the group of {group.root.node.name}, which has {group.size} units"
+    raise InputError(f"the importance returned {wrong} {where}: {instead}")
 
 
 def _scores(graph: DependencyGraph, coupling: Coupling, families: Sequence[Family], importance: Criterion) -> Scores:
@@ -122,7 +136,8 @@ def score_offer(graph: DependencyGraph, found: Offer, importance: Criterion) -> 
     of_rows = _scores(graph, found.by_rows, found.rows, importance)
     scores = _scores(graph, graph.coupling, found.families, importance)
     rows = tuple(f for f in found.rows if not np.isnan(of_rows[f.units]).all())
-    families = tuple(f for f in found.families if not np.isnan(scores[f.units]).all())
+    unknown = np.isnan(scores)
+    families = tuple(f for f in found.families if not unknown[f.units].all())
     return replace(found, rows=rows, families=families), of_rows, scores
 
 

@@ -16,7 +16,7 @@ from prunus.coupling import Coupling, Family
 from prunus.errors import InputError
 from prunus.functions import PruningFn
 from prunus.graph import ROOT_TYPES
-from prunus.group import Group
+from prunus.group import Group, root_of
 from prunus.heads import (
     Offer,
     choose_offered,
@@ -259,7 +259,7 @@ class BasePruner:
         self._count_heads()
 
     def _group(self, units: Ids, coupling: Coupling) -> Iterator[Group]:
-        root = scopes.root_of(self.DG, units, coupling) if units.size else None
+        root = root_of(self.DG, units, coupling) if units.size else None
         if root is not None:
             yield Group(self.DG, units, root, coupling)
             self._count_heads()

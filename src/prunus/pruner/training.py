@@ -10,9 +10,8 @@ import numpy as np
 from prunus.coupling import Coupling, Family
 from prunus.errors import InputError
 from prunus.graph import DependencyGraph
-from prunus.group import Group
+from prunus.group import Group, root_of
 from prunus.heads import Offer
-from prunus.pruner.scopes import root_of
 from prunus.regularize import Regularizer, add_gradients
 
 

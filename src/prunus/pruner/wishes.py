@@ -98,9 +98,10 @@ class Wishes:
     def rules(self, graph: DependencyGraph, found: Offer) -> dict[int, Rule]:
         """The rule of each family on offer, by identity."""
         rules = {}
+        named = self._ratios or self._caps or self._widths
         for rows, families, coupling in ((True, found.rows, found.by_rows), (False, found.families, found.coupling)):
             for family in families:
-                made_by = makers(graph, family.units, coupling)
+                made_by = makers(graph, family.units, coupling) if named else ()
                 heads = self._heads.of(graph, family, coupling) if rows else None
                 rules[id(family)] = Rule(
                     self.ratio_of(made_by) if heads is None else heads,
