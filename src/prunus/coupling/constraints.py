@@ -77,7 +77,7 @@ class Constraints:
         row = first_row(ids)
         found = _tally(self._lane_at[row])
         found.pop(-1, None)
-        for unit, n in _tally(self.units.takers_of(self._piece_at[row])).items():
+        for unit, n in _tally(self.units.takings(self._piece_at[row])[1]).items():
             if n < row.size or ids.ndim == 1:
                 lane = int(self.draft.lane_of[unit])
                 found[lane] = found.get(lane, 0) + n

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +12,7 @@ from numpy.typing import NDArray
 from prunus.coupling.bundles import Bundling, find_bundles
 from prunus.coupling.families import Family
 from prunus.coupling.folds import Fold, find_folds
-from prunus.coupling.pieces import Pieces, cut_into_pieces, stretches
+from prunus.coupling.pieces import Pieces, cut_into_pieces, runs_of, stretches
 from prunus.coupling.units import Units, find_units
 from prunus.held import axis_of
 from prunus.labels import Ids, distinct, marks
@@ -226,23 +224,14 @@ class Coupling:
         return found
 
 
-def runs_of(keys: Ids, values: Ids) -> Iterator[tuple[int, Ids]]:
-    """Each key and its values, for keys in ascending order."""
-    if keys.size:
-        begins = [0, *(np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist(), len(keys)]
-        for begin, end in pairwise(begins):
-            yield keys.item(begin), values[begin:end]
-
-
 def couple(trace: Trace) -> Coupling:
     """Pieces, units, bundles and groups of a traced model."""
     pieces = cut_into_pieces(trace.ledger)
     start, held, dim = axis_of(trace.held)
-    size = np.array([trace.held[h].shape[d] for h, d in zip(held.tolist(), dim.tolist(), strict=True)], dtype=np.int64)
-    axis = np.searchsorted(start, pieces.start, side="right") - 1
-    inside = axis >= 0
-    inside[inside] = pieces.start[inside] < start[axis[inside]] + size[axis[inside]]
-    axis = np.where(inside, axis, -1)
+    size = [trace.held[h].shape[d] for h, d in zip(held.tolist(), dim.tolist(), strict=True)]
+    axis = start.searchsorted(pieces.start, side="right") - 1
+    end = np.append(start + np.array(size, dtype=np.int64), 0)  # the last entry is for what comes before all axes (-1)
+    axis[pieces.start >= end[axis]] = -1
     units = find_units(trace.ledger, pieces)
     kind = _kinds(pieces, units, axis, len(start))
 
