@@ -49,8 +49,9 @@ def find_bundles(
         read: the present value of a module's attribute.
         rows_first: where a size can follow either whole rows (heads) or the positions inside them, let it follow rows.
     """
-    balanced = [units.unit_of(balance.ids) for balance in ledger.balances]
-    partial = [_partial_takers(units, balance.ids) for balance in ledger.balances]
+    located = [units.pieces.of(balance.ids) for balance in ledger.balances]
+    balanced = [units.unit_of(balance.ids, at) for balance, at in zip(ledger.balances, located, strict=True)]
+    partial = [_partial_takers(units, at) for at in located]
     draft = _lanes(ledger, units, kind, balanced, partial)
     _balance(ledger, units, draft, balanced, partial)
     _pin_overlapping(units, draft)
@@ -118,10 +119,11 @@ def _mark_parts(mark: NDArray[np.uint64], units: Units, parts: list[Ids]) -> Non
     """Add a number for each part to its units, and to the coarse units that take positions of it, for each of them."""
     numbers = marks(len(parts), 2)
     flat, size = np.concatenate([ids.reshape(-1) for ids in parts]), [ids.size for ids in parts]
-    _add_marks(mark, units.unit_of(flat), numbers.repeat(size))
+    pieces = units.pieces.of(flat)
+    _add_marks(mark, units.unit_of(flat, pieces), numbers.repeat(size))
     if units.taker.size:
         numbers[[ids.ndim > 1 for ids in parts]] = 0
-        places, takers = units.takings(units.pieces.of(flat))
+        places, takers = units.takings(pieces)
         np.add.at(mark, takers, numbers.repeat(size)[places])
 
 
@@ -129,24 +131,25 @@ def _sized_parts(ledger: Ledger) -> list[Ids]:
     """Every stretch of atoms whose number the code asks for, or computes with, once."""
     found: dict[int, Ids] = {}
     for requirement in ledger.requirements:
-        if not is_own_size(requirement):
+        asked = expression_of(requirement.asked)
+        if not is_own_size(requirement, asked):
             found[id(requirement.ids)] = requirement.ids
-            for leaf in leaves(expression_of(requirement.asked)):
+            for leaf in leaves(asked):
                 if isinstance(leaf, Extent):
                     found[id(leaf.ids)] = leaf.ids
     return list(found.values())
 
 
-def _partial_takers(units: Units, ids: Ids) -> _Partial:
-    """Rows of which coarse units take a part (not all), each with a unit that does and how much it takes."""
+def _partial_takers(units: Units, pieces: Ids) -> _Partial:
+    """Rows (of pieces) of which coarse units take a part, not all: each with a unit that does and how much it takes."""
     if units.taker.size:
-        pieces = units.pieces.of(ids)
         mark = units.taker_mark[pieces]
-        rows = np.flatnonzero((mark != mark[:, :1]).any(axis=1))
-        if rows.size:
+        differs = mark != mark[:, :1]
+        if differs.any():
+            rows = np.flatnonzero(differs.any(axis=1))
             place, taker = units.takings(pieces[rows].reshape(-1))
-            pairs, times = np.unique(rows[place // ids.shape[1]] * units.total + taker, return_counts=True)
-            part = times < ids.shape[1]
+            pairs, times = np.unique(rows[place // pieces.shape[1]] * units.total + taker, return_counts=True)
+            part = times < pieces.shape[1]
             row, taker = np.divmod(pairs[part], units.total)
             return row, taker, times[part]
     return _NONE, _NONE, _NONE
@@ -155,8 +158,8 @@ def _partial_takers(units: Units, ids: Ids) -> _Partial:
 def _pin_misaligned(ledger: Ledger, units: Units, draft: Draft) -> None:
     """Pin coarse units that take a part of a row, but not the same part of every row that is aligned with it."""
     for item in ledger.aligned:
-        _, takers, _ = _partial_takers(units, item.ids)
-        pieces = units.pieces.of(item.ids) if takers.size else item.ids
+        pieces = units.pieces.of(item.ids)
+        _, takers, _ = _partial_takers(units, pieces)
         for taker in distinct(takers).tolist():
             family = int(draft.family_of[draft.lane_of[taker]])
             if family >= 0:
@@ -183,7 +186,7 @@ def _balance(ledger: Ledger, units: Units, draft: Draft, balanced: list[Ids], pa
             if (free != free[0]).any():
                 uneven.append((members, balance.reason))
     for ids in ledger.whole_rows:
-        _, taker, _ = _partial_takers(units, ids)
+        _, taker, _ = _partial_takers(units, units.pieces.of(ids))
         if taker.size:
             uneven.append((distinct(draft.lane_of[taker]), "it would take a part of rows that are alike"))
     if joined:
@@ -200,7 +203,7 @@ def _pin_overlapping(units: Units, draft: Draft) -> None:
     if units.taker.size == 0:
         return
     lane = draft.lane_of[units.base[units.taker]]
-    keys, times = np.unique(lane * len(units.pieces.start) + units.taken, return_counts=True)
-    for k in distinct(keys[times > 1] // len(units.pieces.start)).tolist():
+    keys = np.sort(lane * len(units.pieces.start) + units.taken)
+    for k in distinct(keys[1:][keys[1:] == keys[:-1]] // len(units.pieces.start)).tolist():
         if k >= 0 and draft.family_of[k] >= 0:
             draft.pin(int(draft.family_of[k]), "its rows share positions")

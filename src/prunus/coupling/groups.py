@@ -14,7 +14,7 @@ from prunus.coupling.families import Family
 from prunus.coupling.folds import Fold, find_folds
 from prunus.coupling.pieces import Pieces, cut_into_pieces, runs_of, stretches
 from prunus.coupling.units import Units, find_units
-from prunus.held import axis_of
+from prunus.held import axes_of
 from prunus.labels import Ids, distinct, marks
 from prunus.sizes import Attribute, read_attribute
 from prunus.tracing import Trace
@@ -227,11 +227,9 @@ class Coupling:
 def couple(trace: Trace) -> Coupling:
     """Pieces, units, bundles and groups of a traced model."""
     pieces = cut_into_pieces(trace.ledger)
-    start, held, dim = axis_of(trace.held)
-    size = [trace.held[h].shape[d] for h, d in zip(held.tolist(), dim.tolist(), strict=True)]
+    start, held, dim, end = axes_of(trace.held)
     axis = start.searchsorted(pieces.start, side="right") - 1
-    end = np.append(start + np.array(size, dtype=np.int64), 0)  # the last entry is for what comes before all axes (-1)
-    axis[pieces.start >= end[axis]] = -1
+    axis[pieces.start >= np.append(end, 0)[axis]] = -1  # the entry behind the last is for those before all axes
     units = find_units(trace.ledger, pieces)
     kind = _kinds(pieces, units, axis, len(start))
 

@@ -134,13 +134,10 @@ def _cut_rows(cut: NDArray[np.bool_], arrays: Iterable[Ids]) -> None:
         return
     flat = np.concatenate([ids.reshape(-1) for ids in found])
     widths = np.repeat([ids.shape[-1] for ids in found], [ids.size // ids.shape[-1] for ids in found])
-    ends = np.cumsum(widths)
-    cut[flat[ends - widths]] = True
-    cut[flat[ends - 1] + 1] = True
     broken = flat[1:] - flat[:-1] != 1
-    broken[ends[:-1] - 1] = False
-    cut[flat[1:][broken]] = True
-    cut[flat[:-1][broken] + 1] = True
+    broken[widths[:-1].cumsum() - 1] = True
+    cut[flat[1:][broken]] = cut[flat[:1]] = True
+    cut[flat[:-1][broken] + 1] = cut[flat[-1] + 1] = True
 
 
 def _travel(line: bytearray, cut: NDArray[np.bool_], ties: TieTable) -> None:
@@ -184,13 +181,16 @@ def _equal_rows(rows_of: Sequence[Rows], classes: Ids) -> Ids:
             numbers[classes[coarse]] = mark
         marked.append(mark)
     every = np.concatenate([rows.coarse for rows in rows_of])
-    _, first, which = np.unique(np.concatenate(marked), return_index=True, return_inverse=True)
-    pairs = np.stack((every[first[which]], every), axis=1)
+    first_with: dict[int, int] = {}
+    first = [first_with.setdefault(m, k) for k, m in enumerate(np.concatenate(marked).tolist())]
+    pairs = np.stack((every[first], every), axis=1)
     return pairs[classes[pairs[:, 0]] != classes[pairs[:, 1]]]
 
 
 def _implications(left: Ids, right: Ids, kind: Ids, rows_of: Sequence[Rows], classes: Ids) -> tuple[Ids, Ids]:
     """Pairs of classes: the one side of a tie takes the many, a coarse atom its row."""
+    if not rows_of and not kind.any():
+        return left[:0], left[:0]
     down = (kind == LEFT_IS_ONE) | (kind == MANY_TO_MANY)
     up = (kind == RIGHT_IS_ONE) | (kind == MANY_TO_MANY)
     cause, effect = [classes[left[down]], classes[right[up]]], [classes[right[down]], classes[left[up]]]
@@ -219,19 +219,21 @@ def _contained(rows_of: Sequence[Rows], classes: Ids) -> tuple[Ids, Ids]:
     row, member = np.divmod(held, count)
     length = np.bincount(row)
     holders, content, own = Relation(member, row, count), Relation(row, member, len(coarse)), None
-    if np.isin(coarse, member).any():  # what a row holds may be rows themselves
+    inside = np.zeros(count, dtype=bool)
+    inside[member] = True
+    if inside[coarse].any():  # what a row holds may be rows themselves
         own = Relation(coarse, np.arange(len(coarse)), count)
     while True:
         if own is not None:
-            inside = content.follow(*own.follow(*np.divmod(held, count)))
-            held = distinct(np.concatenate((held, inside[0] * count + inside[1])))
+            row, member = content.follow(*own.follow(*np.divmod(held, count)))
+            held = distinct(np.concatenate((held, row * count + member)))
         outer, inner = holders.follow(*np.divmod(held, count))
         pairs, times = np.unique(outer * len(coarse) + inner, return_counts=True)
         outer, inner = np.divmod(pairs, len(coarse))
         whole = (times == length[inner]) & (coarse[outer] != coarse[inner])
         outer, inner = outer[whole], coarse[inner[whole]]
-        grown = distinct(np.concatenate((held, outer * count + inner)))
-        if own is None or grown.size == held.size:
+        grown = held if own is None else distinct(np.concatenate((held, outer * count + inner)))
+        if grown.size == held.size:
             return coarse[outer], inner
         held = grown
 
@@ -261,7 +263,8 @@ def reachable(pieces: Pieces, source: Ids, first: Ids) -> tuple[Ids, Ids]:
     frontier = reached = distinct(source * count + first)
     while frontier.size:
         source, effect = effects.follow(*np.divmod(frontier, count))
-        frontier = np.setdiff1d(distinct(source * count + effect), reached, assume_unique=True)
+        found = distinct(source * count + effect)
+        frontier = found[~np.isin(found, reached, assume_unique=True)] if found.size else found
         reached = np.concatenate((reached, frontier))
-    source, found = np.divmod(np.sort(reached), count)
-    return source, found
+    source, effect = np.divmod(np.sort(reached), count)
+    return source, effect

@@ -49,9 +49,9 @@ class Units:
         found += np.arange(found.size)
         return found
 
-    def unit_of(self, positions: Ids) -> Ids:
-        """The unit of each atom (-1 where it may not be chosen)."""
-        piece = self.pieces.of(positions)
+    def unit_of(self, positions: Ids, piece: Ids | None = None) -> Ids:
+        """The unit of each atom, whose pieces may be given (-1 where it may not be chosen)."""
+        piece = self.pieces.of(positions) if piece is None else piece
         fine = self.pieces.fine[piece]
         return np.where(self.free[fine], self.base[fine] + positions - self.pieces.start[piece], -1)
 
