@@ -9,20 +9,20 @@ keeps all constraints of degree one, so a family of lanes with sizes ``s`` has `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.coupling.constraints import Constraints, is_own_size
+from prunus.coupling.constraints import Constraints, Demand, demands_of
 from prunus.coupling.families import Draft, Family
 from prunus.coupling.pieces import components, runs_of
 from prunus.coupling.units import Units
 from prunus.labels import Ids, distinct, marks
 from prunus.ledger import Ledger
-from prunus.sizes import Attribute, Extent, expression_of, leaves
+from prunus.sizes import Attribute
 
 _Partial: TypeAlias = "tuple[Ids, Ids, Ids]"  # rows of a balance, coarse units that take a part of each, how much
 _NONE: Ids = np.empty(0, dtype=np.int64)
@@ -52,12 +52,13 @@ def find_bundles(
     located = [units.pieces.of(balance.ids) for balance in ledger.balances]
     balanced = [units.unit_of(balance.ids, at) for balance, at in zip(ledger.balances, located, strict=True)]
     partial = [_partial_takers(units, at) for at in located]
-    draft = _lanes(ledger, units, kind, balanced, partial)
+    demands = demands_of(ledger.requirements)
+    draft = _lanes(demands, units, kind, balanced, partial)
     _balance(ledger, units, draft, balanced, partial)
     _pin_overlapping(units, draft)
     _pin_misaligned(ledger, units, draft)
-    if ledger.requirements or ledger.limits:
-        constraints = Constraints(ledger, units, draft, read, rows_first)
+    if demands or ledger.limits:
+        constraints = Constraints(demands, ledger, units, draft, read, rows_first)
         constraints.settle()
         constraints.respect(ledger.limits)
     return Bundling(tuple(_families(units, kind, draft)), draft.lane_of, draft.why)
@@ -83,8 +84,10 @@ def _families(units: Units, kind: Ids, draft: Draft) -> list[Family]:
     return families
 
 
-def _lanes(ledger: Ledger, units: Units, kind: Ids, balanced: list[Ids], partial: list[_Partial]) -> Draft:
-    """Units of one kind that are in the same rows of the same balances form a lane."""
+def _lanes(
+    demands: Sequence[Demand], units: Units, kind: Ids, balanced: Sequence[Ids], partial: Sequence[_Partial]
+) -> Draft:
+    """Units of one kind that are in the same rows of the same balances, and sized alike, form a lane."""
     mark = np.zeros(units.total, dtype=np.uint64)
     if balanced:
         height, width = np.array([rows.shape for rows in balanced]).T
@@ -93,15 +96,15 @@ def _lanes(ledger: Ledger, units: Units, kind: Ids, balanced: list[Ids], partial
         for begin, (row, taker, times) in zip(height.cumsum() - height, partial, strict=True):
             if row.size:
                 np.add.at(mark, taker, numbers[begin + row] * times.astype(np.uint64))
-    if parts := _sized_parts(ledger):
+    if parts := list({id(ids): ids for demand in demands for ids in demand.rows}.values()):
         _mark_parts(mark, units, parts)
     fine = np.arange(units.width.size).repeat(units.width)
     free = np.flatnonzero(units.free[fine])
     keys = mark[free] + kind[fine[free]].view(np.uint64)
-    starts = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1])))[: keys.size]
+    bounds = np.flatnonzero(np.concatenate(([True], keys[1:] != keys[:-1], [True])))[: keys.size + 1]  # of equal keys
     number: dict[int, int] = {}
-    lane = [number.setdefault(key, len(number)) for key in keys[starts].tolist()]
-    rank = np.array(lane, dtype=np.int64).repeat(np.diff(starts, append=keys.size))
+    lane = [number.setdefault(key, len(number)) for key in keys[bounds[:-1]].tolist()]
+    rank = np.array(lane, dtype=np.int64).repeat(bounds[1:] - bounds[:-1])
     lane_of = np.full(units.total, -1)
     lane_of[free] = rank
     order = rank.argsort(kind="stable")
@@ -125,19 +128,6 @@ def _mark_parts(mark: NDArray[np.uint64], units: Units, parts: list[Ids]) -> Non
         numbers[[ids.ndim > 1 for ids in parts]] = 0
         places, takers = units.takings(pieces)
         np.add.at(mark, takers, numbers.repeat(size)[places])
-
-
-def _sized_parts(ledger: Ledger) -> list[Ids]:
-    """Every stretch of atoms whose number the code asks for, or computes with, once."""
-    found: dict[int, Ids] = {}
-    for requirement in ledger.requirements:
-        asked = expression_of(requirement.asked)
-        if not is_own_size(requirement, asked):
-            found[id(requirement.ids)] = requirement.ids
-            for leaf in leaves(asked):
-                if isinstance(leaf, Extent):
-                    found[id(leaf.ids)] = leaf.ids
-    return list(found.values())
 
 
 def _partial_takers(units: Units, pieces: Ids) -> _Partial:

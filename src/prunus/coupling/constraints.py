@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from functools import cache, cached_property
 from math import gcd, lcm
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,11 +20,38 @@ from prunus.solving import evaluate, solve_all
 TINY = 1e-6
 
 
+class Demand(NamedTuple):
+    """The code asks for as many positions as an expression tells, in rows: the first; the others are of its extents."""
+
+    asked: Requirement
+    expression: Expression
+    rows: tuple[Ids, ...]
+    attributes: tuple[Attribute, ...]
+
+
+def demands_of(requirements: Iterable[Requirement]) -> list[Demand]:
+    """What the code asks for; that a dim is as long as itself always holds."""
+    found = []
+    for asked in requirements:
+        expression = expression_of(asked.asked)
+        if not (isinstance(expression, Extent) and expression.ids is asked.ids):
+            used = leaves(expression)
+            rows = (asked.ids, *[leaf.ids for leaf in used if isinstance(leaf, Extent)])
+            found.append(Demand(asked, expression, rows, tuple([a for a in used if isinstance(a, Attribute)])))
+    return found
+
+
 class Constraints:
     """The sizes that the code asks for, checked by letting each family shrink by itself."""
 
     def __init__(
-        self, ledger: Ledger, units: Units, draft: Draft, read: Callable[[Attribute], int], rows_first: bool
+        self,
+        demands: Sequence[Demand],
+        ledger: Ledger,
+        units: Units,
+        draft: Draft,
+        read: Callable[[Attribute], int],
+        rows_first: bool,
     ) -> None:
         self.rows_first = rows_first
         self.units = units
@@ -33,39 +61,28 @@ class Constraints:
         self._split = [rows.coarse for rows in ledger.rows_of if rows.split]
         self._solved: dict[int, dict[Attribute, float]] = {}
         self._constant: set[Attribute] = set()  # those that no family may change, as one of them would need fractions
-        self.requirements: list[Requirement] = []
-        self.expressions: list[Expression] = []
         self.by_lane: dict[int, set[int]] = {}
         self.using: dict[Attribute, list[int]] = {}
-        self.attributes: list[list[Attribute]] = []  # that each requirement mentions
-        asked = [(r, e, leaves(e)) for r in ledger.requirements if not is_own_size(r, e := expression_of(r.asked))]
-        extents = [leaf.ids for _, _, used in asked for leaf in used if isinstance(leaf, Extent)]
-        self._contents = _contents(
-            units, draft, [*(r.ids for r, _, _ in asked), *extents, *(x.ids for x in ledger.limits)]
-        )
-        known = set()
-        for requirement, expression, used in asked:
-            key = (expression, requirement.ids.shape[-1], *self.content(requirement.ids).items())
-            if key not in known:  # two alike are off by the same
-                known.add(key)
-                self._add(requirement, expression, used)
-
-    def _add(self, requirement: Requirement, expression: Expression, used: Sequence[Attribute | Extent]) -> None:
-        """Keep a requirement, with what may change its sizes."""
-        k = len(self.requirements)
-        self.requirements.append(requirement)
-        self.expressions.append(expression)
-        for ids in (requirement.ids, *(leaf.ids for leaf in used if isinstance(leaf, Extent))):
-            for lane in self.content(ids):
-                self.by_lane.setdefault(lane, set()).add(k)
-        self.attributes.append([leaf for leaf in used if isinstance(leaf, Attribute)])
-        for attribute in self.attributes[k]:
-            self.using.setdefault(attribute, []).append(k)
+        rows = [*(ids for demand in demands for ids in demand.rows), *(limit.ids for limit in ledger.limits)]
+        self._contents = _contents(units, draft, rows)
+        different: dict[Hashable, Demand] = {}  # two alike are off by the same
+        for demand in demands:
+            ids = demand.asked.ids
+            different.setdefault((demand.expression, ids.shape[-1], *self.content(ids).items()), demand)
+        self.demands = list(different.values())
+        for k, demand in enumerate(self.demands):
+            for ids in demand.rows:
+                for lane in self.content(ids):
+                    self.by_lane.setdefault(lane, set()).add(k)
+            for attribute in demand.attributes:
+                self.using.setdefault(attribute, []).append(k)
 
     @cached_property
     def _only_divides(self) -> frozenset[Attribute | Extent]:
         """The attributes by which the code divides wherever it uses them: they count nothing that can go."""
-        dividing = {a: sum(divisors(self.expressions[k]).count(a) for k in used) for a, used in self.using.items()}
+        dividing = {
+            a: sum(divisors(self.demands[k].expression).count(a) for k in used) for a, used in self.using.items()
+        }
         return frozenset(a for a, n in dividing.items() if n == len(self.using[a]))
 
     @cached_property
@@ -91,7 +108,7 @@ class Constraints:
             first, off = next(iter(involved.items()))
             for family in off:
                 del errors[family]
-                self.draft.pin(family, _reason(self.expressions[first], self.requirements[first]))
+                self.draft.pin(family, _reason(self.demands[first]))
         for family in errors:
             self.draft.step[family] = self._step(family)
 
@@ -100,7 +117,7 @@ class Constraints:
 
         Other families, which could change them, must shrink in step with that one then. Whether there are any.
         """
-        dividing = {d for k in involved for d in divisors(self.expressions[k]) if d in self._only_divides}
+        dividing = {d for k in involved for d in divisors(self.demands[k].expression) if d in self._only_divides}
         held = {a for f in errors for a, v in self._solved[f].items() if a in dividing and v != self.read(a)}
         self._constant |= held
         for family in errors if held else ():
@@ -189,7 +206,7 @@ class Constraints:
         def extent(ids: Ids) -> float:
             return ids.shape[-1] - sum([n for lane, n in self.content(ids).items() if lane in members]) / 2
 
-        demands = [(self.expressions[k], extent(self.requirements[k].ids)) for k in relevant]
+        demands = [(self.demands[k].expression, extent(self.demands[k].asked.ids)) for k in relevant]
         self._solved[family], values = solve_all(demands, extent, self.read, self._stays)
         errors = {}
         for k, (_, size), value in zip(relevant, demands, values, strict=True):
@@ -203,7 +220,7 @@ class Constraints:
         todo = list(found)
         seen: set[Attribute] = set()
         while todo:
-            for attribute in self.attributes[todo.pop()]:
+            for attribute in self.demands[todo.pop()].attributes:
                 if attribute not in seen:
                     seen.add(attribute)
                     new = [k for k in self.using[attribute] if k not in found]
@@ -224,11 +241,6 @@ def _by_requirement(errors: Mapping[int, Mapping[int, float]]) -> dict[int, dict
         for k, error in own.items():
             found.setdefault(k, {})[family] = error
     return dict(sorted(found.items()))
-
-
-def is_own_size(requirement: Requirement, asked: Expression) -> bool:
-    """Whether the code sizes a dim by that dim's own size, which always holds."""
-    return isinstance(asked, Extent) and asked.ids is requirement.ids
 
 
 def divisors(expression: Expression) -> list[Attribute | Extent]:
@@ -273,10 +285,10 @@ def _tally(rows: Ids, values: Ids) -> dict[tuple[int, int], int]:
     return found
 
 
-def _reason(expression: Expression, requirement: Requirement) -> str:
-    if isinstance(expression, int):
+def _reason(demand: Demand) -> str:
+    if isinstance(demand.expression, int):
         return (
-            f"the code sizes it with the number {expression} at {requirement.place}; "
+            f"the code sizes it with the number {demand.expression} at {demand.asked.place}; "
             "write -1 or a size read from the tensor there to free it"
         )
-    return f"the code sizes it by {expression}, which ties it to a size that stays"
+    return f"the code sizes it by {demand.expression}, which ties it to a size that stays"
