@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from prunus.coupling import Coupling, Family, couple
 from prunus.coupling.explain import explain, why_not
-from prunus.coupling.groups import runs_of
+from prunus.coupling.pieces import runs_of
 from prunus.errors import InputError, SurgeryError
 from prunus.familiar import Familiar, joined
 from prunus.functions import (

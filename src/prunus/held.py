@@ -170,8 +170,18 @@ def _same_view(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
 
 
-def axis_of(held: Sequence[Held]) -> tuple[Ids, Ids, Ids]:
-    """For every used dim of every held tensor, sorted by first atom: the atom, the tensor's index, the dim."""
-    rows = [(start, k, d) for k, h in enumerate(held) for d, start in enumerate(h.starts) if start >= 0]
-    table = np.array(sorted(rows), dtype=np.int64).reshape(-1, 3).T
-    return table[0], table[1], table[2]
+class Axes(NamedTuple):
+    """Every used dim of every held tensor, sorted by first atom: that atom, the tensor, the dim, the atom behind."""
+
+    start: Ids
+    held: Ids
+    dim: Ids
+    end: Ids
+
+
+def axes_of(held: Sequence[Held]) -> Axes:
+    """The used dims of held tensors."""
+    rows = [
+        (start, k, d, start + h.shape[d]) for k, h in enumerate(held) for d, start in enumerate(h.starts) if start >= 0
+    ]
+    return Axes(*np.array(sorted(rows), dtype=np.int64).reshape(-1, 4).T)

@@ -33,10 +33,8 @@ _INVERSE_RIGHT: dict[str, Callable[[float, float], float]] = {  # x in: left ope
 
 def evaluate(expression: Expression, known: Lookup) -> float | None:
     """The value (``//`` divides exactly), or None if a leaf is unknown."""
-    if isinstance(expression, int):
-        return int(expression)
     if not isinstance(expression, Binary):
-        return known(expression)
+        return expression if isinstance(expression, int) else known(expression)
     left, right = evaluate(expression.left, known), evaluate(expression.right, known)
     return None if left is None or right is None else _ARITHMETIC[expression.operator](left, right)
 
@@ -77,33 +75,38 @@ def solve_all(
         The attributes that are determined, and the value that each expression then has.
     """
     solved: dict[Attribute, float] = {}
-
-    def known(leaf: Attribute | Extent) -> float | None:
-        return extent(leaf.ids) if isinstance(leaf, Extent) else solved.get(leaf)
-
-    def settled(leaf: Attribute | Extent) -> float | None:
-        value = known(leaf)
-        return read(leaf) if value is None and isinstance(leaf, Attribute) else value
-
+    known = _Known(extent)
     waiting = [demand for demand in demands if isinstance(demand[0], (Attribute, Binary))]
     waiting.sort(key=lambda demand: not isinstance(demand[0], Attribute))
     bends = False
     while waiting:
         left = []
         for demand in waiting:
-            found = solve(*demand, known)
+            found = solve(*demand, known.__getitem__)
             bent = found is not None and not bends and _bends(demand[0], *found, solved, read)
             if found is None or bent or (stays and stays(*demand, found[0])):
                 left.append(demand)
             else:
-                solved[found[0]] = found[1]
+                known[found[0]] = solved[found[0]] = found[1]
                 bends = False
         if len(left) == len(waiting):
             if bends or not bending:
                 break
             bends = True
         waiting = left
-    return solved, [evaluate(expression, settled) for expression, _ in demands]
+    known.update((leaf, read(leaf)) for leaf, value in known.items() if value is None and isinstance(leaf, Attribute))
+    return solved, [evaluate(expression, known.__getitem__) for expression, _ in demands]
+
+
+class _Known(dict["Attribute | Extent", "float | None"]):
+    """The sizes of extents, looked up when they are asked for, and of the attributes that are solved (others: None)."""
+
+    def __init__(self, extent: Callable[[Ids], float]) -> None:
+        self.extent = extent
+
+    def __missing__(self, leaf: Attribute | Extent) -> float | None:
+        found = self[leaf] = self.extent(leaf.ids) if isinstance(leaf, Extent) else None
+        return found
 
 
 def _bends(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from fractions import Fraction
-from functools import cached_property
+from functools import cache, cached_property
 from math import gcd, lcm
+from typing import NamedTuple
 
 import numpy as np
 
@@ -19,70 +20,79 @@ from prunus.solving import evaluate, solve_all
 TINY = 1e-6
 
 
+class Demand(NamedTuple):
+    """The code asks for as many positions as an expression tells, in rows: the first; the others are of its extents."""
+
+    asked: Requirement
+    expression: Expression
+    rows: tuple[Ids, ...]
+    attributes: tuple[Attribute, ...]
+
+
+def demands_of(requirements: Iterable[Requirement]) -> list[Demand]:
+    """What the code asks for; that a dim is as long as itself always holds."""
+    found = []
+    for asked in requirements:
+        expression = expression_of(asked.asked)
+        if not (isinstance(expression, Extent) and expression.ids is asked.ids):
+            used = leaves(expression)
+            rows = (asked.ids, *[leaf.ids for leaf in used if isinstance(leaf, Extent)])
+            found.append(Demand(asked, expression, rows, tuple([a for a in used if isinstance(a, Attribute)])))
+    return found
+
+
 class Constraints:
     """The sizes that the code asks for, checked by letting each family shrink by itself."""
 
     def __init__(
-        self, ledger: Ledger, units: Units, draft: Draft, read: Callable[[Attribute], int], rows_first: bool
+        self,
+        demands: Sequence[Demand],
+        ledger: Ledger,
+        units: Units,
+        draft: Draft,
+        read: Callable[[Attribute], int],
+        rows_first: bool,
     ) -> None:
         self.rows_first = rows_first
         self.units = units
         self.draft = draft
-        self.read = read
-        pieces = units.pieces
-        free = np.repeat(units.free[pieces.fine], pieces.length)
-        self._piece_at = np.repeat(np.arange(len(pieces.start)), pieces.length)
-        self._lane_at = np.where(free, draft.lane_of[units.of_atom], -1)
-        self._contents: dict[int, tuple[Ids, dict[int, int]]] = {}
+        self.read = cache(read)
         self._coarse: dict[int, bool] = {}
-        rows = [r.coarse.reshape(-1) for r in ledger.rows_of if r.split]
-        self._rows = set(units.unit_of(np.concatenate(rows)).tolist()) if rows else set()
+        self._split = [rows.coarse for rows in ledger.rows_of if rows.split]
         self._solved: dict[int, dict[Attribute, float]] = {}
         self._constant: set[Attribute] = set()  # those that no family may change, as one of them would need fractions
-        self.requirements: list[Requirement] = []
-        self.expressions: list[Expression] = []
         self.by_lane: dict[int, set[int]] = {}
         self.using: dict[Attribute, list[int]] = {}
-        self.attributes: list[list[Attribute]] = []  # that each requirement mentions
-        for requirement in ledger.requirements:
-            self._add(requirement, expression_of(requirement.asked))
-
-    def _add(self, requirement: Requirement, expression: Expression) -> None:
-        """Keep a requirement if something that may go changes one of its sizes."""
-        if is_own_size(requirement):
-            return
-        used = leaves(expression)
-        rows = [requirement.ids, *(leaf.ids for leaf in used if isinstance(leaf, Extent))]
-        k = len(self.requirements)
-        self.requirements.append(requirement)
-        self.expressions.append(expression)
-        for row in rows:
-            for lane in self.content(row):
-                self.by_lane.setdefault(lane, set()).add(k)
-        self.attributes.append([leaf for leaf in used if isinstance(leaf, Attribute)])
-        for attribute in self.attributes[k]:
-            self.using.setdefault(attribute, []).append(k)
+        rows = [*(ids for demand in demands for ids in demand.rows), *(limit.ids for limit in ledger.limits)]
+        self._contents = _contents(units, draft, rows)
+        different: dict[Hashable, Demand] = {}  # two alike are off by the same
+        for demand in demands:
+            ids = demand.asked.ids
+            different.setdefault((demand.expression, ids.shape[-1], *self.content(ids).items()), demand)
+        self.demands = list(different.values())
+        for k, demand in enumerate(self.demands):
+            for ids in demand.rows:
+                for lane in self.content(ids):
+                    self.by_lane.setdefault(lane, set()).add(k)
+            for attribute in demand.attributes:
+                self.using.setdefault(attribute, []).append(k)
 
     @cached_property
     def _only_divides(self) -> frozenset[Attribute | Extent]:
         """The attributes by which the code divides wherever it uses them: they count nothing that can go."""
-        dividing = {a: sum(divisors(self.expressions[k]).count(a) for k in used) for a, used in self.using.items()}
+        dividing = {
+            a: sum(divisors(self.demands[k].expression).count(a) for k in used) for a, used in self.using.items()
+        }
         return frozenset(a for a, n in dividing.items() if n == len(self.using[a]))
+
+    @cached_property
+    def _rows(self) -> set[int]:
+        """The units that are rows of a split (heads)."""
+        return set(self.units.unit_of(np.concatenate(self._split)).tolist()) if self._split else set()
 
     def content(self, ids: Ids) -> dict[int, int]:
         """How many positions of a row go with each lane (a coarse unit that takes one of several rows is left out)."""
-        cached = self._contents.get(id(ids))
-        if cached is not None:
-            return cached[1]
-        row = first_row(ids)
-        found = _tally(self._lane_at[row])
-        found.pop(-1, None)
-        for unit, n in _tally(self.units.takers_of(self._piece_at[row])).items():
-            if n < row.size or ids.ndim == 1:
-                lane = int(self.draft.lane_of[unit])
-                found[lane] = found.get(lane, 0) + n
-        self._contents[id(ids)] = (ids, found)
-        return found
+        return self._contents[id(ids)]
 
     def settle(self) -> None:
         """Join families that only together keep every size right; pin those that cannot."""
@@ -98,7 +108,7 @@ class Constraints:
             first, off = next(iter(involved.items()))
             for family in off:
                 del errors[family]
-                self.draft.pin(family, _reason(self.expressions[first], self.requirements[first]))
+                self.draft.pin(family, _reason(self.demands[first]))
         for family in errors:
             self.draft.step[family] = self._step(family)
 
@@ -107,7 +117,7 @@ class Constraints:
 
         Other families, which could change them, must shrink in step with that one then. Whether there are any.
         """
-        dividing = {d for k in involved for d in divisors(self.expressions[k]) if d in self._only_divides}
+        dividing = {d for k in involved for d in divisors(self.demands[k].expression) if d in self._only_divides}
         held = {a for f in errors for a, v in self._solved[f].items() if a in dividing and v != self.read(a)}
         self._constant |= held
         for family in errors if held else ():
@@ -117,10 +127,10 @@ class Constraints:
 
     def _stays(self, expression: Expression, size: float, attribute: Attribute) -> bool:
         """An attribute by which the code divides changes in whole numbers only where the quotient stays the same."""
-        if attribute in self._constant:
-            return True
+        if attribute in self._constant or attribute not in divisors(expression):
+            return attribute in self._constant
         now = evaluate(expression, lambda leaf: leaf.ids.shape[-1] if isinstance(leaf, Extent) else self.read(leaf))
-        return size != now and attribute in divisors(expression)
+        return size != now
 
     def respect(self, limits: Iterable[Limit]) -> None:
         """Steps and least numbers of bundles that keep the limits; a family that cannot keep them is pinned."""
@@ -131,7 +141,7 @@ class Constraints:
                 inside[family] = inside.get(family, 0) + n
             inside.pop(-1, None)
             for family, n in inside.items():
-                whole = int(np.gcd.reduce([len(self.draft.lanes[k]) for k in self._lanes_of(family)]))
+                whole = gcd(*(len(self.draft.lanes[k]) for k in self.draft.members(family)))
                 step = self.draft.step.get(family, 1)
                 if ids.shape[-1] % multiple == 0:
                     step = lcm(step, multiple // gcd(multiple, n // whole))
@@ -141,9 +151,6 @@ class Constraints:
                 self.draft.step[family] = step
                 must_stay = -(-least * (whole // step) // n)
                 self.draft.least[family] = max(self.draft.least.get(family, 1), must_stay)
-
-    def _lanes_of(self, family: int) -> list[int]:
-        return np.flatnonzero(self.draft.family_of == family).tolist()
 
     def _join(self, joins: list[list[int]], errors: dict[int, dict[int, float]]) -> None:
         """Join sets of families (those that overlap become one), and look at the results again."""
@@ -161,9 +168,8 @@ class Constraints:
 
     def _step(self, family: int) -> int:
         """How many bundles must go at once so that every attribute stays a whole number."""
-        lanes = [self.draft.lanes[k] for k in np.flatnonzero(self.draft.family_of == family).tolist()]
-        count = gcd(*map(len, lanes))
-        solved = self._solved.get(family, {})
+        solved = self._solved[family]
+        count = gcd(*(len(self.draft.lanes[k]) for k in self.draft.members(family)))
         changes = [(self.read(attribute) - half) * 2 / count for attribute, half in solved.items()]
         if all(change == round(change) for change in changes):
             return 1
@@ -174,11 +180,13 @@ class Constraints:
 
         With rows first: the rows, and what is off in the other direction.
         """
+        if not _opposed(errors.values()):
+            return []
         fine = {f: e for f, e in errors.items() if not self._is_coarse(f)}
         signs = {e > 0 for f, e in errors.items() if f not in fine}
         by_rows = {f: e for f, e in errors.items() if f not in fine or (e > 0) not in signs}
         for chosen in (by_rows, fine, errors) if self.rows_first and signs else (fine, errors):
-            if any(e > 0 for e in chosen.values()) and any(e < 0 for e in chosen.values()):
+            if _opposed(chosen.values()):
                 return list(chosen)
         return []
 
@@ -186,24 +194,19 @@ class Constraints:
         """Whether its units are rows of a split (heads); a channel that takes columns of a flattened dim is not."""
         found = self._coarse.get(family)
         if found is None:
-            lane = int(np.flatnonzero(self.draft.family_of == family)[0])
+            lane = self.draft.members(family)[0]
             found = self._coarse[family] = int(self.draft.lanes[lane][0]) in self._rows
         return found
 
     def _errors(self, family: int) -> dict[int, float]:
         """By how much each requirement is off (asked minus there) when half of a family goes."""
-        relevant = self._relevant(family)
-        members = set(np.flatnonzero(self.draft.family_of == family).tolist())
-        extents: dict[int, float] = {}
+        members = set(self.draft.members(family))
+        relevant = self._relevant(members)
 
         def extent(ids: Ids) -> float:
-            found = extents.get(id(ids))
-            if found is None:
-                gone = sum(n for lane, n in self.content(ids).items() if lane in members)
-                found = extents[id(ids)] = ids.shape[-1] - gone / 2
-            return found
+            return ids.shape[-1] - sum([n for lane, n in self.content(ids).items() if lane in members]) / 2
 
-        demands = [(self.expressions[k], extent(self.requirements[k].ids)) for k in relevant]
+        demands = [(self.demands[k].expression, extent(self.demands[k].asked.ids)) for k in relevant]
         self._solved[family], values = solve_all(demands, extent, self.read, self._stays)
         errors = {}
         for k, (_, size), value in zip(relevant, demands, values, strict=True):
@@ -211,20 +214,24 @@ class Constraints:
                 errors[k] = value - size
         return errors
 
-    def _relevant(self, family: int) -> list[int]:
-        """The requirements that a family touches, and those that share an attribute with them."""
-        members = np.flatnonzero(self.draft.family_of == family).tolist()
-        found = set().union(*(self.by_lane.get(lane, set()) for lane in members))
+    def _relevant(self, lanes: Iterable[int]) -> list[int]:
+        """The requirements that some lanes touch, and those that share an attribute with them."""
+        found = set().union(*(self.by_lane.get(lane, ()) for lane in lanes))
         todo = list(found)
         seen: set[Attribute] = set()
         while todo:
-            for attribute in self.attributes[todo.pop()]:
+            for attribute in self.demands[todo.pop()].attributes:
                 if attribute not in seen:
                     seen.add(attribute)
                     new = [k for k in self.using[attribute] if k not in found]
                     found.update(new)
                     todo += new
         return sorted(found)
+
+
+def _opposed(errors: Collection[float]) -> bool:
+    """Whether errors of both signs are among them."""
+    return len(errors) > 1 and min(errors) < 0 < max(errors)
 
 
 def _by_requirement(errors: Mapping[int, Mapping[int, float]]) -> dict[int, dict[int, float]]:
@@ -236,12 +243,6 @@ def _by_requirement(errors: Mapping[int, Mapping[int, float]]) -> dict[int, dict
     return dict(sorted(found.items()))
 
 
-def is_own_size(requirement: Requirement) -> bool:
-    """Whether the code sizes a dim by that dim's own size, which always holds."""
-    expression = expression_of(requirement.asked)
-    return isinstance(expression, Extent) and expression.ids is requirement.ids
-
-
 def divisors(expression: Expression) -> list[Attribute | Extent]:
     """The attributes and extents by which an expression divides."""
     if not isinstance(expression, Binary):
@@ -250,21 +251,44 @@ def divisors(expression: Expression) -> list[Attribute | Extent]:
     return [*inside, *leaves(expression.right)] if expression.operator == "//" else inside
 
 
-def _tally(values: Ids) -> dict[int, int]:
-    """How often each value occurs."""
-    if values.size == 0:
+def _contents(units: Units, draft: Draft, rows: Iterable[Ids]) -> dict[int, dict[int, int]]:
+    """For each row (by object) how many of its positions go with each lane; see :meth:`Constraints.content`."""
+    every = {id(ids): ids for ids in rows}
+    found: list[dict[int, int]] = [{} for _ in every]
+    firsts = [first_row(ids) for ids in every.values()]
+    if not firsts:
         return {}
-    if (values == values[0]).all():
-        return {int(values[0]): values.size}
-    times = np.bincount(values + 1)
-    found = np.flatnonzero(times)
-    return dict(zip((found - 1).tolist(), times[found].tolist(), strict=True))
+    flat = np.concatenate(firsts)
+    row = np.arange(len(firsts)).repeat([first.size for first in firsts])
+    for (k, lane), n in _tally(row, draft.lane_of[units.of_atom[flat]]).items():
+        if lane >= 0:
+            found[k][lane] = n
+    if units.taker.size:
+        place, taker = units.takings(units.pieces.of(flat))
+        single = [ids.ndim == 1 for ids in every.values()]
+        for (k, unit), n in _tally(row[place], taker).items():
+            if n < firsts[k].size or single[k]:
+                lane = draft.lane_of.item(unit)
+                found[k][lane] = found[k].get(lane, 0) + n
+    return dict(zip(every, found, strict=True))
 
 
-def _reason(expression: Expression, requirement: Requirement) -> str:
-    if isinstance(expression, int):
+def _tally(rows: Ids, values: Ids) -> dict[tuple[int, int], int]:
+    """How often each value occurs in each row."""
+    found: dict[tuple[int, int], int] = {}
+    if rows.size:
+        ends = np.flatnonzero((rows[1:] != rows[:-1]) | (values[1:] != values[:-1])).tolist()
+        begins = [0, *(end + 1 for end in ends)]
+        pairs = zip(rows[begins].tolist(), values[begins].tolist(), strict=True)
+        for pair, begin, end in zip(pairs, begins, [*begins[1:], rows.size], strict=True):
+            found[pair] = found.get(pair, 0) + end - begin
+    return found
+
+
+def _reason(demand: Demand) -> str:
+    if isinstance(demand.expression, int):
         return (
-            f"the code sizes it with the number {expression} at {requirement.place}; "
+            f"the code sizes it with the number {demand.expression} at {demand.asked.place}; "
             "write -1 or a size read from the tensor there to free it"
         )
-    return f"the code sizes it by {expression}, which ties it to a size that stays"
+    return f"the code sizes it by {demand.expression}, which ties it to a size that stays"

@@ -57,6 +57,10 @@ class Draft:
     step: dict[int, int] = field(default_factory=dict)  # family -> see Family.step
     least: dict[int, int] = field(default_factory=dict)  # family -> see Family.least
 
+    def members(self, family: int) -> list[int]:
+        """The lanes of a family."""
+        return (self.family_of == family).nonzero()[0].tolist()
+
     def join(self, families: Iterable[int]) -> None:
         """Make one family of several."""
         chosen = sorted(set(families))
@@ -65,6 +69,6 @@ class Draft:
 
     def pin(self, family: int, why: str) -> None:
         """Let all lanes of a family stay."""
-        for lane in np.flatnonzero(self.family_of == family).tolist():
+        for lane in self.members(family):
             self.why[lane] = why
         self.family_of[self.family_of == family] = -1

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from prunus.held import axis_of
+from prunus.held import axes_of
 from prunus.labels import Ids, Labelled
 from prunus.ledger import Scale
 from prunus.sizes import Extent, expression_of, leaves
@@ -129,9 +129,7 @@ class _Walk:
         for step, event in enumerate(trace.events):
             for tensor in event.inputs:
                 self.readers.setdefault(id(tensor), []).append(step)
-        starts, _, _ = axis_of(trace.held)
-        sizes = {s: n for h in trace.held for s, n in zip(h.starts, h.shape, strict=True) if s >= 0}
-        self._starts, self._ends = starts, starts + np.array([sizes[s] for s in starts.tolist()], dtype=np.int64)
+        self._starts, _, _, self._ends = axes_of(trace.held)
 
     def ways(self, scale: Scale) -> tuple[list[_Way], str]:
         """Ways back from the operand of a product, and why there are no more."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import pairwise
@@ -16,7 +15,7 @@ from prunus.coupling.families import Family
 from prunus.coupling.folds import Fold, find_folds
 from prunus.coupling.pieces import Pieces, cut_into_pieces, stretches
 from prunus.coupling.units import Units, find_units
-from prunus.held import axis_of
+from prunus.held import axes_of
 from prunus.labels import Ids, distinct, marks
 from prunus.sizes import Attribute, read_attribute
 from prunus.tracing import Trace
@@ -245,23 +244,12 @@ class Coupling:
         return found
 
 
-def runs_of(keys: Ids, values: Ids) -> Iterator[tuple[int, Ids]]:
-    """Each key and its values, for keys in ascending order."""
-    if keys.size:
-        begins = [0, *(np.flatnonzero(keys[1:] != keys[:-1]) + 1).tolist(), len(keys)]
-        for begin, end in pairwise(begins):
-            yield keys.item(begin), values[begin:end]
-
-
 def couple(trace: Trace) -> Coupling:
     """Pieces, units, bundles and groups of a traced model."""
     pieces = cut_into_pieces(trace.ledger)
-    start, held, dim = axis_of(trace.held)
-    size = np.array([trace.held[h].shape[d] for h, d in zip(held.tolist(), dim.tolist(), strict=True)], dtype=np.int64)
-    axis = np.searchsorted(start, pieces.start, side="right") - 1
-    inside = axis >= 0
-    inside[inside] = pieces.start[inside] < start[axis[inside]] + size[axis[inside]]
-    axis = np.where(inside, axis, -1)
+    start, held, dim, end = axes_of(trace.held)
+    axis = start.searchsorted(pieces.start, side="right") - 1
+    axis[pieces.start >= np.append(end, 0)[axis]] = -1  # the entry behind the last is for those before all axes
     units = find_units(trace.ledger, pieces)
     kind = _kinds(pieces, units, axis, len(start))
 

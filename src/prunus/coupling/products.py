@@ -20,7 +20,7 @@ def breaking(products: Sequence[Product], pieces: Pieces, sources: Ids, classes:
         sources: fine atoms, each as often as it takes something.
         classes: a class that each takes; pairs with ``sources`` are in order.
     """
-    count = int(pieces.classes.max()) + 1
+    count = pieces.class_count
     taken = sources * count + classes
     return [_breaking(product, pieces, taken, count) for product in products]
 

@@ -8,7 +8,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from prunus.coupling.pieces import Pieces, reachable, stretches
+from prunus.coupling.pieces import Pieces, Relation, reachable, runs_of
 from prunus.coupling.products import breaking
 from prunus.labels import Ids, marks
 from prunus.ledger import Freeze, Ledger
@@ -21,8 +21,8 @@ class Units:
     """Every fine atom as a candidate for removal, and what its removal takes.
 
     ``stay[f]`` is the freeze that keeps fine atom ``f`` (-1: it may go).
-    ``base[f]`` is the number of its first unit; its units are numbered along its pieces. Only those of fine atoms that
-    are ``free`` may be chosen.
+    ``base[f]`` is the number of its first unit; its units are numbered along its pieces, those of fine atoms one behind
+    the other. Only those of fine atoms that are ``free`` may be chosen.
     ``taken[k]`` is a piece that goes as a whole when coarse atom ``taker[k]`` goes.
     """
 
@@ -39,51 +39,35 @@ class Units:
     @cached_property
     def takes(self) -> dict[int, Ids]:
         """For each coarse atom, the pieces that go as a whole with it."""
-        fines, first = np.unique(self.taker, return_index=True)
-        return dict(zip(fines.tolist(), np.split(self.taken, first[1:]), strict=True)) if fines.size else {}
+        return dict(runs_of(self.taker, self.taken))
 
     @cached_property
     def of_atom(self) -> Ids:
         """The unit of every atom."""
         pieces = self.pieces
-        return np.repeat(self.base[pieces.fine] - pieces.start, pieces.length) + np.arange(int(pieces.length.sum()))
+        found = (self.base[pieces.fine] - pieces.start).repeat(pieces.length)
+        found += np.arange(found.size)
+        return found
 
-    def unit_of(self, positions: Ids) -> Ids:
-        """The unit of each atom (-1 where it may not be chosen)."""
-        piece = self.pieces.of(positions)
+    def unit_of(self, positions: Ids, piece: Ids | None = None) -> Ids:
+        """The unit of each atom, whose pieces may be given (-1 where it may not be chosen)."""
+        piece = self.pieces.of(positions) if piece is None else piece
         fine = self.pieces.fine[piece]
         return np.where(self.free[fine], self.base[fine] + positions - self.pieces.start[piece], -1)
 
     def fine_of(self, unit: Ids) -> Ids:
         """The fine atom of each unit."""
-        return self._order[np.searchsorted(self._sorted, unit, side="right") - 1]
-
-    @cached_property
-    def _order(self) -> Ids:
-        return np.argsort(self.base, kind="stable")
-
-    @cached_property
-    def _sorted(self) -> Ids:
-        return self.base[self._order]
-
-    def takers_of(self, pieces: Ids) -> Ids:
-        """The coarse units that take each of ``pieces`` (a unit once for each)."""
-        return self.takings(pieces)[1]
+        return self.base.searchsorted(unit, side="right") - 1
 
     def takings(self, pieces: Ids) -> tuple[Ids, Ids]:
         """Every pair of a place in ``pieces`` and a coarse unit that takes the piece there."""
-        if self.taker.size == 0 or not self._is_taken[pieces].any():
-            return _NONE, _NONE
-        taken, takers = self._by_piece
-        first = np.searchsorted(taken, pieces)
-        count = np.searchsorted(taken, pieces, side="right") - first
-        return np.repeat(np.arange(len(pieces)), count), takers[stretches(first, count)]
+        return self._takers.follow(np.arange(len(pieces)), pieces)
 
     @cached_property
-    def _by_piece(self) -> tuple[Ids, Ids]:
+    def _takers(self) -> Relation:
+        """The coarse units that take each piece."""
         free = self.free[self.taker]
-        order = np.argsort(self.taken[free], kind="stable")
-        return self.taken[free][order], self.base[self.taker[free]][order]
+        return Relation(self.taken[free], self.base[self.taker[free]], len(self.pieces.start))
 
     @cached_property
     def taker_mark(self) -> Ids:
@@ -93,16 +77,6 @@ class Units:
         free = self.free[self.taker]
         np.add.at(mark, self.taken[free], random[self.taker[free]])
         return mark
-
-    @cached_property
-    def _is_taken(self) -> NDArray[np.bool_]:
-        found = np.zeros(len(self.pieces.start), dtype=bool)
-        found[self._by_piece[0]] = True
-        return found
-
-    def is_coarse(self, unit: int) -> bool:
-        """Whether the unit takes whole rows (a head) rather than one position."""
-        return bool(self.coarse[unit])
 
     @cached_property
     def coarse(self) -> NDArray[np.bool_]:
@@ -117,7 +91,7 @@ def find_units(ledger: Ledger, pieces: Pieces) -> Units:
     freezes = (*ledger.freezes, *(g.freeze for g in ledger.guards), *(p.freeze for p in ledger.products))
     count = int(pieces.fine.max()) + 1
     stay_class = _frozen_classes(pieces, freezes, ledger)
-    stay = np.full(count, len(freezes), dtype=np.int64)
+    stay = np.full(count, len(freezes))
     known = stay_class[pieces.classes]
     np.minimum.at(stay, pieces.fine[known >= 0], known[known >= 0])
     pinned, why = _frozen_pieces(pieces, freezes, hard=False)
@@ -131,20 +105,15 @@ def find_units(ledger: Ledger, pieces: Pieces) -> Units:
     width[pieces.fine] = pieces.length
     free = stay < 0
     free[pieces.fine[0]] = False  # atom 0 stands for nothing
-    first = np.full(count, np.iinfo(np.int64).max)
-    np.minimum.at(first, pieces.fine, pieces.start)
-    order = np.argsort(first, kind="stable")
-    base = np.zeros(count, dtype=np.int64)
-    base[order] = np.cumsum(width[order]) - width[order]
-    return Units(pieces, freezes, stay, free, base, width, taker, taken, int(width.sum()))
+    ends = width.cumsum()
+    return Units(pieces, freezes, stay, free, ends - width, width, taker, taken, int(ends[-1]))
 
 
 def _frozen_classes(pieces: Pieces, freezes: tuple[Freeze, ...], ledger: Ledger) -> Ids:
     """For each class the freeze that keeps it (-1: none): its own, or that of something which would go with it."""
-    stay = np.full(int(pieces.classes.max()) + 1, len(freezes), dtype=np.int64)
+    stay = np.full(pieces.class_count, -1)
     frozen, why = _frozen_pieces(pieces, freezes[: len(ledger.freezes)], hard=True)
-    np.minimum.at(stay, pieces.classes[frozen], why)
-    stay[stay == len(freezes)] = -1
+    stay[pieces.classes[frozen[::-1]]] = why[::-1]  # the first of several freezes, as the last entry counts
     while True:
         spread = (stay[pieces.effect] >= 0) & (stay[pieces.cause] < 0)
         if spread.any():
@@ -185,9 +154,11 @@ def _frozen_pieces(pieces: Pieces, freezes: tuple[Freeze, ...], *, hard: bool) -
 
 def _reached(pieces: Pieces, stay: Ids) -> tuple[Ids, Ids]:
     """Fine atoms that may go and take more than themselves, and each class that goes with them."""
-    leads = np.zeros(int(pieces.classes.max()) + 1, dtype=bool)
+    leads = np.zeros(pieces.class_count, dtype=bool)
     leads[pieces.cause] = True
     leading = np.flatnonzero(leads[pieces.classes] & (stay[pieces.fine] < 0))
+    if not leading.size:
+        return _NONE, _NONE
     return reachable(pieces, pieces.fine[leading], pieces.classes[leading])
 
 
@@ -195,12 +166,8 @@ def _takes(pieces: Pieces, fines: Ids, classes: Ids) -> tuple[Ids, Ids]:
     """Fine atoms that take more than themselves, and each piece that goes as a whole with them, by their classes."""
     if fines.size == 0:
         return _NONE, _NONE
-    count = int(pieces.classes.max()) + 1
-    order = np.argsort(pieces.classes, kind="stable")
-    first = np.searchsorted(pieces.classes[order], np.arange(count + 1))
-    lengths = first[classes + 1] - first[classes]
-    taken = order[stretches(first[classes], lengths)]
-    taker = np.repeat(fines, lengths)
+    count = pieces.class_count
+    taker, taken = Relation(pieces.classes, np.arange(len(pieces.classes)), count).follow(fines, classes)
     other = pieces.fine[taken] != taker
     taker, taken = taker[other], taken[other]
     by = np.lexsort((taken, taker))
