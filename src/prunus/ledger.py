@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prunus.labels import Ids, Label, Labelled, distinct, distinct_rows
 from prunus.ties import LEFT_IS_ONE, ONE_TO_ONE, RIGHT_IS_ONE, TieTable, tie_kinds, tie_runs
@@ -153,6 +154,9 @@ class Ledger:
         self.unequal: dict[tuple[Any, Any], tuple[int, int]] = {}  # sizes that the code compared, and that differed
         self.meaning: dict[int, tuple[str, Ids, Ids]] = {}  # ids (by object) -> see mean()
         self._ties: list[tuple[int, int, int, int, int]] = []
+        self._table: Ids = np.empty((5, 0), dtype=np.int64)  # of ties, as far as somebody has looked at them
+        self._frozen = np.zeros(0, dtype=bool)  # of the first `_looked_at` freezes
+        self._looked_at = 0
         self._seen: set[tuple[int, int, int, int]] = set()
         self.starts: list[int] = [0]  # first atom of every run handed out
         self._merged: list[tuple[int, int, Rows]] = []  # those of `rows_of` that an existing atom takes, least, largest
@@ -340,8 +344,23 @@ class Ledger:
         """First atoms of the dims that a layer reads (a weight's input columns) and never makes."""
         return {ids.item(0) for ids in self.contracted} - {ids.item(0) for ids in self.passed}
 
+    def frozen(self) -> NDArray[np.bool_]:
+        """Which atoms rules have frozen so far: themselves, or a part of the row that goes with them."""
+        known = self._frozen
+        if known.size < self.size:
+            known = self._frozen = np.concatenate((known, np.zeros(2 * self.size - known.size, dtype=bool)))
+        for item in self.freezes[self._looked_at :]:
+            known[item.ids] |= item.hard
+        self._looked_at = len(self.freezes)
+        for rows in self.rows_of:
+            known[rows.coarse] |= known[rows.fine].any(axis=1)
+        return known
+
     @property
     def ties(self) -> TieTable:
         """All ties so far."""
-        table = np.array(self._ties, dtype=np.int64).reshape(-1, 5).T
-        return TieTable(*table)
+        known = self._table.shape[1]
+        if known < len(self._ties):
+            new = np.array(self._ties[known:], dtype=np.int64).T
+            self._table = np.concatenate((self._table, new), axis=1)
+        return TieTable(*self._table)

@@ -300,11 +300,7 @@ def _product(op: Op, x: Labelled, labelled: list[int]) -> _Leaf:
 
 def _stays(ledger: Ledger, ids: Ids) -> bool:
     """Whether rules have frozen all of a dim: itself, a part of each of its rows, or what is tied to all of it."""
-    frozen = np.zeros(ledger.size, dtype=bool)
-    for item in ledger.freezes:
-        frozen[item.ids] |= item.hard
-    for rows in ledger.rows_of:
-        frozen[rows.coarse] |= frozen[rows.fine].any(axis=1)
+    frozen = ledger.frozen()
     own = distinct(ids.reshape(-1))
     first, size, ties = own.item(0), own.size, ledger.ties
     if own.item(-1) - first != size - 1:
