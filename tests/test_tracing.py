@@ -97,6 +97,24 @@ def test_the_model_comes_back_as_it_was(training, fail) -> None:
     assert equal(before, picture(model))
 
 
+class Seeding(nn.Linear):
+    """A layer that seeds numpy and draws from it."""
+
+    def forward(self, x):
+        np.random.seed(0)
+        return super().forward(x) + float(np.random.rand()) * 0
+
+
+def test_a_model_may_seed_numpy() -> None:
+    """What numpy draws afterwards is what it would have drawn."""
+    np.random.seed(3)
+    expected = np.random.rand(2).tolist()
+    np.random.seed(3)
+    found = [np.random.rand()]
+    trace(Seeding(6, 4), X)
+    assert [*found, np.random.rand()] == expected
+
+
 def test_verify_leaves_it_as_it_was() -> None:
     """So does the proof."""
     model = Restless()
