@@ -103,9 +103,6 @@ class PythonCall:
 
 def _is_size(value: Any) -> bool:
     """An int, or a tensor that holds one."""
-    kind = type(value)
-    if kind is int or kind is Size:
-        return True
     return _is_int(value) or (isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_floating_point())
 
 

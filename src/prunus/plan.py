@@ -20,7 +20,6 @@ from prunus.coupling import Coupling
 from prunus.drops import Cut, Drop, cuts_then, drops_then, earlier_name, read_drops
 from prunus.errors import InputError, SurgeryError
 from prunus.following import followed
-from prunus.held import Held
 from prunus.labels import Ids, Survivors, surviving
 from prunus.sizes import Attribute, Fact
 
@@ -246,9 +245,8 @@ def everything_alive(coupling: Coupling) -> Alive:
 
 def footprint(coupling: Coupling, alive: Alive) -> Footprint:
     """The cost of the model with only the ``alive`` atoms, from what was recorded while tracing."""
-    start, end, _ = _axes(coupling)
     living = _living(alive)
-    return _cost(coupling, Survivors(alive), (living[end] - living[start]).tolist())
+    return _cost(coupling, Survivors(alive), (living[coupling.axis_end] - living[coupling.axis_start]).tolist())
 
 
 def macs_by_step(coupling: Coupling, alive: Alive) -> Iterator[tuple[int, int]]:
@@ -291,13 +289,6 @@ def make_plan(coupling: Coupling, alive: Alive, units: Ids, facts: Sequence[Fact
     return Plan(removals, settings, *costs, mirrors, coupling.trace.pruners, scalings, notes), after
 
 
-def _axes(coupling: Coupling) -> tuple[Ids, Ids, list[Held]]:
-    """The first atom of each axis, the one behind its last, and the tensor."""
-    held = [coupling.trace.held[k] for k in coupling.axis_held.tolist()]
-    sizes = [h.shape[d] for h, d in zip(held, coupling.axis_dim.tolist(), strict=True)]
-    return coupling.axis_start, coupling.axis_start + np.array(sizes, dtype=np.int64), held
-
-
 def _living(alive: Alive) -> Ids:
     """How many living atoms there are before each atom, and in all."""
     return np.concatenate(([0], np.cumsum(alive)))
@@ -309,8 +300,7 @@ def _removals(coupling: Coupling, alive: Alive, gone: Ids) -> tuple[tuple[Remova
     Returns:
         The removals; how many positions there are along each axis, and how many are left.
     """
-    start, end, held = _axes(coupling)
-    living = _living(alive)
+    start, end, living = coupling.axis_start, coupling.axis_end, _living(alive)
     first, last = np.searchsorted(gone, start), np.searchsorted(gone, end)
     begin = living[start]
     sizes = living[end] - begin
@@ -318,11 +308,12 @@ def _removals(coupling: Coupling, alive: Alive, gone: Ids) -> tuple[tuple[Remova
     cut = np.flatnonzero(last > first)
     cut = cut[np.lexsort((coupling.axis_dim[cut], coupling.axis_held[cut]))]
     found = []
-    columns = (column[cut].tolist() for column in (coupling.axis_dim, sizes, first, last))
-    for k, dim, size, low, high in zip(cut.tolist(), *columns, strict=True):
+    columns = (column[cut].tolist() for column in (coupling.axis_held, coupling.axis_dim, sizes, first, last))
+    for k, dim, size, low, high in zip(*columns, strict=True):
+        name = coupling.trace.held[k].name
         if high - low == size:
-            raise SurgeryError(f"{held[k].name} dim {dim} would lose its last position; remove fewer")
-        found.append(Removal(held[k].name, dim, size, tuple(positions[low:high])))
+            raise SurgeryError(f"{name} dim {dim} would lose its last position; remove fewer")
+        found.append(Removal(name, dim, size, tuple(positions[low:high])))
     return tuple(found), sizes.tolist(), (sizes - (last - first)).tolist()
 
 

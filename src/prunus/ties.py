@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from prunus.labels import Ids, distinct, distinct_rows
+from prunus.labels import Ids, distinct_rows
 
 ONE_TO_ONE, LEFT_IS_ONE, RIGHT_IS_ONE, MANY_TO_MANY = 0, 1, 2, 3
 MANY = 256  # runs of a tie that are worth sorting, to drop those that repeat
@@ -67,13 +67,12 @@ def tie_kinds(left: Ids, right: Ids) -> Ids:
         return np.array([LEFT_IS_ONE])
     if a_grows and (b == b[0]).all():
         return np.array([RIGHT_IS_ONE])
-    different = distinct(_pairs(a, b))
-    if different.size == 1:
+    _, first = np.unique(_pairs(a, b), return_index=True)
+    if first.size == 1:
         return np.array([ONE_TO_ONE])
     kinds = np.zeros(a.size, dtype=np.int64)
-    lefts, rights = np.divmod(different, int(b.max()) + 1)
-    for own, all_own, kind in ((a, lefts, LEFT_IS_ONE), (b, rights, RIGHT_IS_ONE)):
-        values, counts = np.unique(all_own, return_counts=True)
-        if len(values) < all_own.size:
+    for own, kind in ((a, LEFT_IS_ONE), (b, RIGHT_IS_ONE)):
+        values, counts = np.unique(own[first], return_counts=True)
+        if len(values) < first.size:
             kinds += kind * (counts[np.searchsorted(values, own)] > 1)
     return kinds

@@ -65,6 +65,7 @@ class Coupling:
     axis_start: Ids
     axis_held: Ids
     axis_dim: Ids
+    axis_end: Ids
     axis_of_piece: Ids  # -1: not on a held tensor
     kind: Ids  # of each fine atom: equal where units cut the same dims of the same tensors, equally often
 
@@ -257,7 +258,7 @@ def couple(trace: Trace) -> Coupling:
         return read_attribute(trace.modules[attribute.path], Attribute("", attribute.name, attribute.item))
 
     bundling = find_bundles(trace.ledger, units, kind, read)
-    return Coupling(trace, pieces, units, bundling, start, held, dim, axis, kind)
+    return Coupling(trace, pieces, units, bundling, start, held, dim, end, axis, kind)
 
 
 def _kinds(pieces: Pieces, units: Units, axis: Ids, axes: int) -> Ids:
